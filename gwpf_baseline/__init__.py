@@ -1,0 +1,1 @@
+"""Communication-efficient federated learning on Flower: GWPF and its comparators."""

@@ -1,0 +1,130 @@
+"""Saved states, of the server and of clients: tensors and plain values in one file."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from gwpf_baseline.utils import ConfigError
+
+_SERVER = "server.safetensors"
+
+
+class CheckpointFolder:
+    """The checkpoints of a run, the newest complete one of which counts.
+
+    Clients write their states first and the server last, each by renaming a finished
+    file, so a checkpoint that holds the server's file is whole. Older ones are removed
+    only then: a kill at any moment leaves one to go on from.
+
+    Parameters
+    ----------
+    run : pathlib.Path or str
+        The run's folder.
+    """
+
+    def __init__(self, run: Path | str) -> None:
+        self.path = Path(run) / "checkpoints"
+
+    def client_file(self, server_round: int, client: int) -> Path:
+        """Return where a client's state after a round belongs."""
+        return self._folder(server_round) / f"client-{client}.safetensors"
+
+    def commit(self, server_round: int, state: Mapping[str, Any]) -> None:
+        """Write the server's state, which completes a round's checkpoint.
+
+        Parameters
+        ----------
+        server_round : int
+            The round that the checkpoint is of.
+        state : mapping of str to object
+            Tensors, and values that JSON holds.
+        """
+        folder = self._folder(server_round)
+        save_state(folder / _SERVER, state)
+        for other in self.path.iterdir():
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
+
+    def latest(self) -> int:
+        """Return the round of the newest complete checkpoint.
+
+        Raises
+        ------
+        ConfigError
+            There is none.
+        """
+        rounds = [
+            int(file.parent.name.removeprefix("round-"))
+            for file in self.path.glob(f"round-*/{_SERVER}")
+        ]
+        if not rounds:
+            raise ConfigError(
+                "resume",
+                self.path.parent,
+                "the folder of a run that wrote a checkpoint (checkpoint_every=N)",
+            )
+        return max(rounds)
+
+    def server_state(self) -> dict[str, Any]:
+        """Return the server's state of the newest complete checkpoint."""
+        return load_state(self._folder(self.latest()) / _SERVER)
+
+    def client_state(self, client: int) -> dict[str, Any] | None:
+        """Return a client's state of the newest complete checkpoint, if it had one."""
+        file = self.client_file(self.latest(), client)
+        return load_state(file) if file.exists() else None
+
+    def _folder(self, server_round: int) -> Path:
+        return self.path / f"round-{server_round:06d}"
+
+
+def save_state(file: Path, state: Mapping[str, Any]) -> None:
+    """Write a state so that the file is either whole or absent.
+
+    Parameters
+    ----------
+    file : pathlib.Path
+        Where to.
+    state : mapping of str to object
+        Tensors, and values that JSON holds.
+    """
+    tensors = {k: v.contiguous() for k, v in state.items() if torch.is_tensor(v)}
+    values = {k: v for k, v in state.items() if k not in tensors}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}.part")
+    save_file(tensors, part, metadata={"values": json.dumps(values)})
+    os.replace(part, file)
+
+
+def load_state(file: Path) -> dict[str, Any]:
+    """Read a state that :func:`save_state` wrote.
+
+    Parameters
+    ----------
+    file : pathlib.Path
+        Where from.
+
+    Returns
+    -------
+    dict of str to object
+        The state, its tensors on the CPU.
+
+    Raises
+    ------
+    ConfigError
+        The file is missing or damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            state: dict[str, Any] = json.loads(opened.metadata()["values"])
+            state.update({key: opened.get_tensor(key) for key in opened.keys()})
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError("resume", file, f"a readable checkpoint ({error})") from error
+    return state

@@ -1,0 +1,385 @@
+"""What every method's Flower client shares: its state, following the model, training.
+
+A client's state lives in Flower's ``Context.state`` and nowhere else, so it does not
+matter which process runs it next.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.client import NumPyClient
+from flwr.common import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Config,
+    Context,
+    NDArrays,
+    Scalar,
+)
+
+from gwpf_baseline.checkpoint import CheckpointFolder, save_state
+from gwpf_baseline.params import FlatModel, buffers_to_vector
+from gwpf_baseline.training import Batches, StepHook, TrainingConfig, train
+from gwpf_baseline.wire import (
+    BoolVector,
+    Header,
+    Kind,
+    Reader,
+    WireError,
+    Writer,
+    initial_checksum,
+)
+
+_ARRAYS = "gwpf_baseline.arrays"
+_VALUES = "gwpf_baseline.values"
+
+
+@dataclass
+class ClientState:
+    """All that a client keeps between rounds.
+
+    Parameters
+    ----------
+    version : int, default 0
+        The model version it holds, an exchange's number; 0 is the initial model.
+    uploaded : int, default 0
+        The exchange of its last upload.
+    cursor : int, default 0
+        Samples drawn so far.
+    arrays : dict of str to numpy.ndarray
+        ``weights`` float32 ``(d,)``, the global model as it knows it; ``mask`` bool
+        ``(d,)``, the coordinates of its last upload; ``residual`` float32 ``(d,)``,
+        what it learned and the server has not used; ``moment.*``, the optimiser's
+        state. Each only where the method needs it.
+    """
+
+    version: int = 0
+    uploaded: int = 0
+    cursor: int = 0
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, context: Context) -> "ClientState | None":
+        """Read the state from a Flower context, None if it holds none."""
+        if _VALUES not in context.state.config_records:
+            return None
+        values: dict[str, Any] = dict(context.state.config_records[_VALUES])
+        arrays = {
+            # Flower's arrays are read-only views of bytes; the state is worked on.
+            name: array.numpy().copy()
+            for name, array in context.state.array_records[_ARRAYS].items()
+        }
+        return cls(**values, arrays=arrays)
+
+    def save(self, context: Context) -> None:
+        """Write the state into a Flower context."""
+        context.state.config_records[_VALUES] = ConfigRecord(self.values())
+        context.state.array_records[_ARRAYS] = ArrayRecord(
+            {name: Array(value) for name, value in self.arrays.items()}
+        )
+
+    def values(self) -> dict[str, Any]:
+        """Return the counters."""
+        return {
+            "version": self.version,
+            "uploaded": self.uploaded,
+            "cursor": self.cursor,
+        }
+
+    @property
+    def moments(self) -> dict[str, np.ndarray]:
+        """Return the optimiser's state."""
+        prefix = "moment."
+        return {
+            name.removeprefix(prefix): value
+            for name, value in self.arrays.items()
+            if name.startswith(prefix)
+        }
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the server asks for in one exchange.
+
+    Parameters
+    ----------
+    header : Header
+        The payload's header.
+    weights : torch.Tensor
+        float32 ``(d,)``, the global model, on the CPU.
+    buffers : torch.Tensor or None
+        float32 ``(b,)``, the global buffers; None in a follow-up.
+    mask : numpy.ndarray or None
+        bool ``(d,)``, the coordinates to upload, if the method has a mask.
+    """
+
+    header: Header
+    weights: torch.Tensor
+    buffers: torch.Tensor | None
+    mask: BoolVector | None
+
+
+class LostState(Exception):
+    """The payload builds on a version that this client does not hold."""
+
+
+class SyncClient(NumPyClient):
+    """A Flower client that follows a sparsely sent model and trains on it.
+
+    Parameters
+    ----------
+    context : Context
+        Flower's context; its ``state`` is all that outlives a call.
+    model : FlatModel
+        The model to train in; what it holds before or after a call does not matter.
+    initial : torch.Tensor
+        float32 ``(d,)``, the initial weights, as the seed gives them.
+    batches : Batches
+        This client's data.
+    training : TrainingConfig
+        How to train.
+    saved : CheckpointFolder, optional
+        Where to write its state when the server makes a checkpoint.
+    resume : CheckpointFolder, optional
+        Where to find its state if the context holds none.
+    """
+
+    #: Name on the wire; both halves of a method share it.
+    name: str
+    #: Whether the server sends the whole model every time.
+    dense_downlink = False
+    #: Whether the server sends the mask of coordinates to upload.
+    masked = True
+
+    def __init__(
+        self,
+        context: Context,
+        model: FlatModel,
+        initial: torch.Tensor,
+        batches: Batches,
+        training: TrainingConfig,
+        *,
+        saved: CheckpointFolder | None = None,
+        resume: CheckpointFolder | None = None,
+    ) -> None:
+        self.context = context
+        self.model = model
+        self.initial = initial
+        self.batches = batches
+        self.training = training
+        self.saved = saved
+        self.resume = resume
+
+    @abstractmethod
+    def upload(self, task: Task, state: ClientState, writer: Writer) -> float | None:
+        """Do what the server asks and write the method's part of the answer.
+
+        Parameters
+        ----------
+        task : Task
+            What the server asks.
+        state : ClientState
+            The client's state, to be changed in place.
+        writer : Writer
+            Takes the method's bitmaps and vectors.
+
+        Returns
+        -------
+        float or None
+            The mean training loss, None in a follow-up.
+        """
+
+    def train(
+        self,
+        start: torch.Tensor,
+        task: Task,
+        state: ClientState,
+        on_step: StepHook | None = None,
+    ) -> tuple[torch.Tensor, float]:
+        """Run the round's local iterations.
+
+        Parameters
+        ----------
+        start : torch.Tensor
+            float32 ``(d,)``, where to start from, on the CPU.
+        task : Task
+            What the server asks; its buffers are loaded too.
+        state : ClientState
+            The cursor and the optimiser's moments move on in it.
+        on_step : callable, optional
+            Called with the parameter vector, on the device, after every iteration.
+
+        Returns
+        -------
+        delta : torch.Tensor
+            float32 ``(d,)`` on the CPU, the weights' change.
+        loss : float
+            Mean training loss.
+        """
+        assert task.buffers is not None
+        self.model.load(start, task.buffers)
+        loss, state.cursor, moments = train(
+            self.model,
+            self.batches,
+            self.training,
+            state.cursor,
+            state.moments,
+            on_step,
+        )
+        for name, value in moments.items():
+            state.arrays[f"moment.{name}"] = value
+        return self.model.vector.detach().cpu() - start, loss
+
+    def fit(
+        self, parameters: NDArrays, config: dict[str, Scalar]
+    ) -> tuple[NDArrays, int, dict[str, Scalar]]:
+        """Follow the model, train, and answer with what the method sends.
+
+        Parameters
+        ----------
+        parameters : list of numpy.ndarray
+            The server's payload.
+        config : dict
+            The round's number, for logs only.
+
+        Returns
+        -------
+        parameters : list of numpy.ndarray
+            The answer's payload.
+        num_examples : int
+            The client's examples.
+        metrics : dict
+            ``train_loss``, the mean over the local iterations.
+
+        Raises
+        ------
+        WireError
+            The payload is not of this method, model or release.
+        """
+        state = self.load_state()
+        reader = Reader(parameters, self.name, self.initial.numel())
+        try:
+            task = self.follow(reader, state)
+        except LostState as lost:
+            header = self._header(reader.header, Kind.LOST, base=int(str(lost)))
+            return Writer(header).arrays(), len(self.batches), {}
+        writer = Writer(self._header(task.header, Kind.UPDATE, base=state.version))
+        loss = self.upload(task, state, writer)
+        metrics: dict[str, Scalar] = {}
+        if loss is not None:
+            writer.vector(buffers_to_vector(self.model.module).numpy())
+            metrics["train_loss"] = loss
+        state.uploaded = task.header.exchange
+        state.save(self.context)
+        return writer.arrays(), len(self.batches), metrics
+
+    def follow(self, reader: Reader, state: ClientState) -> Task:
+        """Bring the client's copy of the model up to date.
+
+        Parameters
+        ----------
+        reader : Reader
+            The server's payload.
+        state : ClientState
+            The state; its weights and version move on.
+
+        Returns
+        -------
+        Task
+            What the server asks for.
+
+        Raises
+        ------
+        LostState
+            The payload builds on what this client does not hold; the argument is the
+            version it can start from.
+        WireError
+            The payload is damaged.
+        """
+        header = reader.header
+        size = self.initial.numel()
+        if header.kind is Kind.MODEL:
+            mask = reader.bitmap(size) if self.masked else None
+            weights = torch.from_numpy(reader.vector(size).copy())
+        elif header.kind in (Kind.CHANGES, Kind.MASKED):
+            weights = self._known_weights(header, state)
+            if header.kind is Kind.CHANGES:
+                changed = reader.bitmap(size)
+            elif state.uploaded == header.accepted and "mask" in state.arrays:
+                changed = state.arrays["mask"]
+            else:
+                raise LostState(-1)
+            mask = reader.bitmap(size) if self.masked else None
+            weights.numpy()[changed] = reader.vector(np.count_nonzero(changed))
+        else:
+            raise WireError(f"a server does not send {header.kind.name}")
+        buffers = None
+        if not header.follow_up:
+            numel = sum(b.numel() for b in self.model.module.buffers())
+            buffers = torch.from_numpy(reader.vector(numel).copy())
+        reader.finish()
+        self._settle(header, state)
+        state.version = header.exchange - 1
+        if not self.dense_downlink:
+            state.arrays["weights"] = weights.numpy()
+        return Task(header, weights, buffers, mask)
+
+    def get_properties(self, config: Config) -> dict[str, Scalar]:
+        """Say which partition this is, and write the state if a checkpoint is made.
+
+        Parameters
+        ----------
+        config : dict
+            ``checkpoint``: the round to write the state for. Where to, only this
+            client's own configuration says.
+
+        Returns
+        -------
+        dict
+            ``partition-id``.
+        """
+        state = ClientState.load(self.context)
+        if "checkpoint" in config and self.saved is not None and state is not None:
+            file = self.saved.client_file(int(config["checkpoint"]), self.batches.client)
+            tensors = {k: torch.from_numpy(v) for k, v in state.arrays.items()}
+            save_state(file, {**tensors, **state.values()})
+        return {"partition-id": self.batches.client}
+
+    def load_state(self) -> ClientState:
+        """Return the state: the context's, else the resumed run's, else a new one."""
+        state = ClientState.load(self.context)
+        if state is None and self.resume is not None:
+            saved = self.resume.client_state(self.batches.client)
+            if saved is not None:
+                arrays = {k: v.numpy() for k, v in saved.items() if torch.is_tensor(v)}
+                values = {k: v for k, v in saved.items() if k not in arrays}
+                state = ClientState(**values, arrays=arrays)
+        return state or ClientState()
+
+    def _known_weights(self, header: Header, state: ClientState) -> torch.Tensor:
+        held = state.version
+        if "weights" in state.arrays and held >= header.base:
+            # What the server sends are values, not differences: holding more than it
+            # knows of (its client's answer got lost) does no harm.
+            return torch.from_numpy(state.arrays["weights"])
+        if header.base > 0:
+            raise LostState(0)
+        if header.checksum != initial_checksum(self.initial.numpy()):
+            # Another release of torch draws other weights from the same seed.
+            raise LostState(-1)
+        return self.initial.clone()
+
+    def _settle(self, header: Header, state: ClientState) -> None:
+        """Forget what the server has used; what it has not, stays to be sent again."""
+        residual, mask = state.arrays.get("residual"), state.arrays.get("mask")
+        if residual is None or mask is None:
+            return
+        if header.accepted == state.uploaded:
+            residual[mask] = 0.0
+
+    def _header(self, asked: Header, kind: Kind, base: int) -> Header:
+        return Header(self.name, kind, asked.exchange, base, asked.length)

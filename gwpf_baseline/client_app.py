@@ -1,0 +1,118 @@
+"""The Flower ClientApp: for the simulation, ``flwr run`` and SuperNodes."""
+
+import functools
+import json
+from typing import Any
+
+import torch
+from flwr.client import Client
+from flwr.clientapp import ClientApp
+from flwr.common import Context
+from omegaconf import DictConfig, OmegaConf
+
+from gwpf_baseline.checkpoint import CheckpointFolder
+from gwpf_baseline.client import SyncClient
+from gwpf_baseline.config import from_run_config, training_config, workbench
+from gwpf_baseline.params import FlatModel, parameters_to_vector
+from gwpf_baseline.training import Batches
+from gwpf_baseline.utils import ConfigError, pick_device, run_folder
+
+
+def make_client(cfg: DictConfig, context: Context, folder: str) -> SyncClient:
+    """Build the client of one partition.
+
+    Parameters
+    ----------
+    cfg : DictConfig
+        A checked configuration.
+    context : Context
+        Flower's context, with ``partition-id`` in its node configuration.
+    folder : str
+        The run's folder, for the client's part of checkpoints.
+
+    Returns
+    -------
+    SyncClient
+        The configured method's client.
+
+    Raises
+    ------
+    ConfigError
+        The node has no partition, or one that does not exist.
+    """
+    client = context.node_config.get("partition-id")
+    if not isinstance(client, int) or not 0 <= client < cfg.num_clients:
+        raise ConfigError(
+            "partition-id",
+            client,
+            f"in the node's configuration, from 0 to {cfg.num_clients - 1} "
+            f"(num_clients={cfg.num_clients})",
+        )
+    torch.set_num_threads(cfg.client_threads)
+    bench = workbench(cfg)
+    model, initial = _flat_model(cfg.client_resources.num_gpus, bench.model)
+    batches = Batches(
+        bench.data, bench.partitions[client], cfg.seed, client, cfg.dataset.augment
+    )
+    return bench.method.client(
+        context,
+        model,
+        initial,
+        batches,
+        training_config(cfg),
+        config=bench.method_config,
+        saved=CheckpointFolder(folder) if cfg.checkpoint_every else None,
+        resume=CheckpointFolder(cfg.resume) if cfg.resume else None,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _flat_model(
+    num_gpus: float, model: torch.nn.Module
+) -> tuple[FlatModel, torch.Tensor]:
+    initial = parameters_to_vector(model)
+    return FlatModel(model, pick_device(num_gpus)), initial
+
+
+def simulated_client_app(cfg: DictConfig, folder: str) -> ClientApp:
+    """Return a ClientApp that carries its configuration with it.
+
+    Parameters
+    ----------
+    cfg : DictConfig
+        A checked configuration.
+    folder : str
+        The run's folder.
+
+    Returns
+    -------
+    ClientApp
+        For ``flwr.simulation.run_simulation``, which has no run configuration.
+    """
+    text = json.dumps(OmegaConf.to_container(cfg))
+    return ClientApp(client_fn=functools.partial(_from_text, text, folder))
+
+
+def _from_text(text: str, folder: str, context: Context) -> Client:
+    return make_client(_parsed(text), context, folder).to_client()
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(text: str) -> DictConfig:
+    return OmegaConf.create(json.loads(text))
+
+
+def client_fn(context: Context) -> Client:
+    """Build a client from Flower's run configuration."""
+    cfg = _composed(json.dumps(dict(context.run_config), sort_keys=True))
+    folder = str(run_folder(context.run_id))
+    return make_client(cfg, context, folder).to_client()
+
+
+@functools.lru_cache(maxsize=1)
+def _composed(text: str) -> DictConfig:
+    run_config: dict[str, Any] = json.loads(text)
+    return from_run_config(run_config)
+
+
+app = ClientApp(client_fn=client_fn)

@@ -1,0 +1,542 @@
+"""What a run leaves behind: a record a round, its files and plots, and its display."""
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
+from rich.text import Text
+from torch.utils.tensorboard import SummaryWriter
+
+
+@dataclass
+class RoundRecord:
+    """One round, with the columns of ``history.csv`` in their order.
+
+    Numbers are kept as plain Python ones, whatever they came as. A float that the
+    method lacks, that was not measured in this round, or that is not finite (a loss
+    that diverged) is None.
+
+    Parameters
+    ----------
+    round : int
+        Number of the round.
+    seconds : float
+        Wall time from the start of the run to the end of the round.
+    test_accuracy, test_loss : float or None
+        Of the global model on the test data; None if the round was not evaluated.
+    train_loss : float or None
+        Mean over the clients of the round.
+    uplink_bytes, downlink_bytes : int
+        Sums over the clients of the round.
+    cumulative_uplink_bytes, cumulative_downlink_bytes : int
+        Sums over the run so far.
+    dense_bytes : int
+        What FedAvg would have sent so far, both ways.
+    frozen_fraction : float or None
+        Share of the parameters that are frozen, in [0, 1].
+    sent_fraction : float or None
+        Share of the parameters that a client uploads, in [0, 1].
+    clients : int
+        Clients whose result was used.
+    failures : int
+        Clients whose result was lost or refused.
+
+    Raises
+    ------
+    ValueError
+        If a value cannot be read as its column's number.
+    """
+
+    round: int
+    seconds: float
+    test_accuracy: float | None
+    test_loss: float | None
+    train_loss: float | None
+    uplink_bytes: int
+    downlink_bytes: int
+    cumulative_uplink_bytes: int
+    cumulative_downlink_bytes: int
+    dense_bytes: int
+    frozen_fraction: float | None
+    sent_fraction: float | None
+    clients: int
+    failures: int
+
+    def __post_init__(self) -> None:
+        """Bring every value to its column's type."""
+        for column in fields(self):
+            value = getattr(self, column.name)
+            optional = column.type not in (int, float)
+            if optional and value is None:
+                continue
+            try:
+                # NumPy's float64 is a float too, but its repr is not a number.
+                value = int(value) if column.type is int else float(value)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise ValueError(f"{column.name}: {value!r} is no number") from error
+            unmeasured = optional and not math.isfinite(value)
+            setattr(self, column.name, None if unmeasured else value)
+
+
+COLUMNS = tuple(column.name for column in fields(RoundRecord))
+_BEFORE_THE_FIRST = RoundRecord(0, 0, None, None, None, 0, 0, 0, 0, 0, None, None, 0, 0)
+
+
+def from_rows(rows: Iterable[Sequence[Any]]) -> list[RoundRecord]:
+    """Turn rows of plain values, as of `History.to_rows`, back into records.
+
+    Parameters
+    ----------
+    rows : iterable of sequences
+        Values in the order of `COLUMNS`.
+
+    Returns
+    -------
+    list of RoundRecord
+        Equal to the bit to the records that the rows were made from.
+
+    Raises
+    ------
+    ValueError
+        If a row has another number of values, or one that is no number.
+    """
+    records = []
+    for row in rows:
+        if len(row) != len(COLUMNS):
+            raise ValueError(f"{len(row)} values, but {len(COLUMNS)} columns")
+        records.append(RoundRecord(*row))
+    return records
+
+
+def read_history(folder: str | Path) -> list[RoundRecord]:
+    """Read the ``history.csv`` of a run.
+
+    Parameters
+    ----------
+    folder : str or Path
+        The run's folder.
+
+    Returns
+    -------
+    list of RoundRecord
+        The rounds in the order in which they were written.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder has no ``history.csv``.
+    ValueError
+        If the file is damaged; the message names the file and the line.
+    """
+    path = Path(folder) / "history.csv"
+    # A byte that is no text becomes a cell that is no number, and so has its line.
+    *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    # What follows the last newline was cut off while it was written, perhaps within
+    # a number: it cannot be trusted even where it has all its cells.
+    if rest:
+        raise ValueError(f"{path}, line {len(lines) + 1}: the line is incomplete")
+    if lines[:1] != [",".join(COLUMNS)]:
+        raise ValueError(f"{path}, line 1: the columns are not those of a history")
+    records = []
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            records += from_rows([[cell or None for cell in line.split(",")]])
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    return records
+
+
+class History:
+    """The records of a run, in memory and in the run's folder.
+
+    A history that is already in the folder is replaced, but not before the first
+    record comes, so that a run which fails to resume destroys nothing.
+
+    Parameters
+    ----------
+    folder : str or Path
+        The run's folder; made if need be.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.records: list[RoundRecord] = []
+        self._events: SummaryWriter | None = None
+
+    def add(self, record: RoundRecord) -> None:
+        """Append a round to ``history.csv`` and to the TensorBoard scalars, at once.
+
+        Both are on file when this returns: a run that is killed loses only the round
+        in progress.
+
+        Parameters
+        ----------
+        record : RoundRecord
+            The round that has just ended.
+        """
+        events = self._events or self._start()
+        self.records.append(record)
+        self._write(astuple(record), mode="a")
+        for name, value in zip(COLUMNS[1:], astuple(record)[1:], strict=True):
+            if value is not None:
+                events.add_scalar(name, value, record.round)
+        events.flush()
+
+    def restore(self, records: Iterable[RoundRecord]) -> None:
+        """Begin with the rounds of an earlier run that this one resumes.
+
+        Parameters
+        ----------
+        records : iterable of RoundRecord
+            Its rounds up to the checkpoint. They replace those in the folder, which
+            may go beyond the checkpoint and will be run again.
+        """
+        self._start()
+        for record in records:
+            self.add(record)
+
+    def to_rows(self) -> list[list[int | float | None]]:
+        """Give the records as plain values, for a checkpoint; see `from_rows`.
+
+        Returns
+        -------
+        list of list
+            One list a round, in the order of `COLUMNS`; strict JSON can hold it.
+        """
+        return [list(astuple(record)) for record in self.records]
+
+    def summary(
+        self, *, method: str, dataset: str, model: str, seed: int, parameters: int
+    ) -> dict[str, Any]:
+        """Sum the run up.
+
+        Parameters
+        ----------
+        method, dataset, model : str
+            Names, as configured.
+        seed : int
+            The run's seed.
+        parameters : int
+            Number of the model's trainable parameters.
+
+        Returns
+        -------
+        dict
+            The contents of ``summary.json``. ``final_accuracy`` is that of the last
+            round that was evaluated; accuracies are None if none was, and
+            ``traffic_ratio`` (total bytes ÷ dense bytes) if nothing was sent.
+        """
+        last = self.records[-1] if self.records else _BEFORE_THE_FIRST
+        _, accuracies = _measured(self.records, "test_accuracy")
+        total = last.cumulative_uplink_bytes + last.cumulative_downlink_bytes
+        return {
+            "method": method,
+            "dataset": dataset,
+            "model": model,
+            "seed": seed,
+            "rounds": last.round,
+            "parameters": parameters,
+            "final_accuracy": accuracies[-1] if accuracies else None,
+            "best_accuracy": max(accuracies, default=None),
+            "total_uplink_bytes": last.cumulative_uplink_bytes,
+            "total_downlink_bytes": last.cumulative_downlink_bytes,
+            "dense_bytes": last.dense_bytes,
+            "traffic_ratio": total / last.dense_bytes if last.dense_bytes else None,
+            "seconds": last.seconds,
+        }
+
+    def write_summary(self, **run: Any) -> dict[str, Any]:
+        """Write ``summary.json``.
+
+        Parameters
+        ----------
+        **run
+            The arguments of `summary`.
+
+        Returns
+        -------
+        dict
+            What was written.
+        """
+        summary = self.summary(**run)
+        text = json.dumps(summary, indent=2, allow_nan=False)
+        (self.folder / "summary.json").write_text(text + "\n", encoding="utf-8")
+        return summary
+
+    def plot(self) -> None:
+        """Draw ``accuracy.png``, ``traffic.png`` and ``frozen.png``."""
+        self._plot_accuracy()
+        self._plot_traffic()
+        self._plot_frozen()
+
+    def close(self) -> None:
+        """Close the TensorBoard file."""
+        if self._events:
+            self._events.close()
+
+    def _start(self) -> SummaryWriter:
+        """Begin the files, in place of those that an earlier run left in the folder."""
+        events = self.folder / "tensorboard"
+        # TensorBoard would show the rounds of the old files beside the new ones.
+        for old in events.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._events = SummaryWriter(str(events))
+        self._write(COLUMNS, mode="w")
+        return self._events
+
+    def _write(self, row: Sequence[Any], mode: str) -> None:
+        path = self.folder / "history.csv"
+        with open(path, mode, newline="", encoding="utf-8") as file:
+            # csv writes a float by its repr, and None as an empty cell.
+            csv.writer(file, lineterminator="\n").writerow(row)
+
+    def _plot_accuracy(self) -> None:
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        by_round, by_bytes = figure.subplots(1, 2, sharey=True)
+        measured, accuracies = _measured(self.records, "test_accuracy")
+        _draw(by_round, [record.round for record in measured], accuracies)
+        traffic = [
+            record.cumulative_uplink_bytes + record.cumulative_downlink_bytes
+            for record in measured
+        ]
+        _draw(by_bytes, traffic, accuracies)
+        _label_rounds(by_round)
+        by_round.set_ylabel("test accuracy")
+        by_bytes.set_xlim(left=0)
+        by_bytes.set_xlabel("bytes sent so far, both ways")
+        by_bytes.xaxis.set_major_formatter(EngFormatter("B"))
+        if not accuracies:
+            _say(figure, "No round was evaluated.")
+        figure.savefig(self.folder / "accuracy.png", dpi=150)
+
+    def _plot_traffic(self) -> None:
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.add_subplot()
+        # Nothing has been sent before round 1, and a logarithm has no place for that.
+        sent = [record for record in self.records if record.dense_bytes]
+        rounds = [record.round for record in sent]
+        for column, label, style in (
+            ("dense_bytes", "FedAvg would have sent, both ways", "k:"),
+            ("cumulative_downlink_bytes", "sent to clients", "C1"),
+            # Dashed, so that the line below shows through where both are equal.
+            ("cumulative_uplink_bytes", "sent by clients", "C0--"),
+        ):
+            _draw(axes, rounds, [getattr(r, column) for r in sent], style, label)
+        _label_rounds(axes)
+        axes.set_ylabel("bytes so far")
+        if sent:
+            axes.set_yscale("log")
+            # Whole decades: only these are labelled, and a short run may span none.
+            low, high = (math.log10(limit) for limit in axes.get_ylim())
+            axes.set_ylim(10 ** math.floor(low), 10 ** math.ceil(high))
+            axes.yaxis.set_major_formatter(EngFormatter("B"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.legend()
+        else:
+            _say(figure, "Nothing was sent.")
+        figure.savefig(self.folder / "traffic.png", dpi=150)
+
+    def _plot_frozen(self) -> None:
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.add_subplot()
+        for column, label, style in (
+            ("frozen_fraction", "frozen", "C0"),
+            ("sent_fraction", "sent by a client", "C1"),
+        ):
+            measured, shares = _measured(self.records, column)
+            if shares:
+                _draw(axes, [r.round for r in measured], shares, style, label)
+        _label_rounds(axes)
+        axes.set_ylabel("share of the parameters")
+        axes.set_ylim(-0.02, 1.02)
+        if axes.lines:
+            axes.legend()
+        else:
+            _say(figure, "This method reports no frozen and no sent share.")
+        figure.savefig(self.folder / "frozen.png", dpi=150)
+
+
+class Display:
+    """The terminal's view of a run, used as a context manager.
+
+    On a terminal it is a live bar. Elsewhere, in a log file or a pipe, it is a plain
+    line for the first round, then at about every tenth of the rounds, and for the last.
+
+    Parameters
+    ----------
+    num_rounds : int
+        The rounds of the whole run, those before it was resumed included.
+    console : Console, optional
+        Where to show it (default: standard output).
+
+    Attributes
+    ----------
+    console : Console
+        Whatever else is shown during the run has to go through it, log records by a
+        ``RichHandler``, or the live bar is garbled.
+    """
+
+    def __init__(self, num_rounds: int, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self._num_rounds = num_rounds
+        self._accuracy: float | None = None
+        self._tenths = -1
+        self._progress = Progress(
+            MofNCompleteColumn(),
+            # The bar takes what the text leaves, so that 80 columns hold the line.
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            # The default forgets rounds older than 30 s, and with them the ETA.
+            speed_estimate_period=math.inf,
+            disable=not self.console.is_interactive,
+            expand=True,
+        )
+        self._task = self._progress.add_task(
+            "", total=num_rounds, status="waiting for the first round"
+        )
+
+    def __enter__(self) -> "Display":
+        """Show the bar."""
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the bar as it stands."""
+        self._progress.stop()
+
+    def update(self, record: RoundRecord) -> None:
+        """Show a round.
+
+        Parameters
+        ----------
+        record : RoundRecord
+            The round that has just ended. If it was not evaluated, the accuracy of
+            the last round that was stays on show.
+        """
+        if record.test_accuracy is not None:
+            self._accuracy = record.test_accuracy
+        status = self._status(record)
+        self._progress.update(self._task, completed=record.round, status=status)
+        tenths = 10 * record.round // self._num_rounds
+        if self._progress.disable and tenths > self._tenths:
+            self._tenths = tenths
+            line = f"{record.round}/{self._num_rounds} {status}"
+            self.console.print(
+                f"round {line} {_duration(record.seconds)}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def _status(self, record: RoundRecord) -> str:
+        parts = [
+            f"up {decimal(record.cumulative_uplink_bytes)}",
+            f"down {decimal(record.cumulative_downlink_bytes)}",
+        ]
+        if record.frozen_fraction is not None:
+            parts.insert(0, f"frozen {record.frozen_fraction:.0%}")
+        if self._accuracy is not None:
+            parts.insert(0, f"acc {self._accuracy:.3f}")
+        return " ".join(parts)
+
+
+def closing_table(summary: dict[str, Any]) -> Table:
+    """Lay a run's summary out for the terminal.
+
+    Parameters
+    ----------
+    summary : dict
+        As of `History.summary`.
+
+    Returns
+    -------
+    Table
+        It fits into 80 columns.
+    """
+    ratio = summary["traffic_ratio"]
+    against_dense = "-" if ratio is None else f"{ratio:.3f}"
+    if ratio and ratio < 0.95:
+        against_dense += f" ({1 / ratio:.1f}x fewer bytes)"
+    table = Table(show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in (
+        ("method", summary["method"]),
+        ("dataset", summary["dataset"]),
+        ("model", summary["model"]),
+        ("final accuracy", _accuracy(summary["final_accuracy"])),
+        ("best accuracy", _accuracy(summary["best_accuracy"])),
+        ("sent by clients", decimal(summary["total_uplink_bytes"])),
+        ("sent to clients", decimal(summary["total_downlink_bytes"])),
+        ("ratio to dense", against_dense),
+        ("time", _duration(summary["seconds"])),
+    ):
+        # As Text, brackets in a name are not taken for rich's markup.
+        table.add_row(name, Text(str(value)))
+    return table
+
+
+def _accuracy(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _measured(
+    records: Iterable[RoundRecord], column: str
+) -> tuple[list[RoundRecord], list[float]]:
+    """Pick the records that have a value in the column, and these values."""
+    picked = [record for record in records if getattr(record, column) is not None]
+    return picked, [getattr(record, column) for record in picked]
+
+
+def _draw(
+    axes: Axes,
+    x: Sequence[float],
+    y: Sequence[float],
+    style: str = "C0",
+    label: str | None = None,
+) -> None:
+    """Draw a line; few points are marked, since a single one would not show."""
+    marker = "o" if len(x) <= 30 else ""
+    axes.plot(x, y, style, label=label, marker=marker, markersize=3, linewidth=1.5)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _label_rounds(axes: Axes) -> None:
+    axes.set_xlim(left=0)
+    axes.set_xlabel("round")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _say(figure: Figure, text: str) -> None:
+    """Put a sentence where the curves would be."""
+    for axes in figure.axes:
+        axes.set_axis_off()
+    figure.text(0.5, 0.5, text, ha="center", va="center")

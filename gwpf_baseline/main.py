@@ -1,0 +1,120 @@
+"""One experiment on Flower's simulation: ``python -m gwpf_baseline.main``."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from flwr.common import Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.simulation import run_simulation
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.logging import RichHandler
+
+from gwpf_baseline.client_app import simulated_client_app
+from gwpf_baseline.config import (
+    as_config_error,
+    checked,
+    config_dir,
+    resumed,
+    workbench,
+)
+from gwpf_baseline.server_app import check_resume, run_server
+from gwpf_baseline.utils import ConfigError
+
+
+def run_experiment(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
+    """Run one experiment on Flower's Ray simulation.
+
+    Parameters
+    ----------
+    cfg : DictConfig
+        A checked configuration.
+    folder : pathlib.Path
+        The run's folder.
+    console : rich.console.Console
+        Where to show progress.
+
+    Returns
+    -------
+    dict
+        The contents of ``summary.json``.
+
+    Raises
+    ------
+    ConfigError
+        Data, model and partition that are not there or do not fit, before Ray starts.
+    """
+    check_resume(cfg)
+    workbench(cfg)
+    summary: dict[str, Any] = {}
+    server_app = ServerApp()
+
+    @server_app.main()
+    def _(grid: Grid, context: Context) -> None:
+        del context
+        summary.update(run_server(cfg, grid, folder, console))
+
+    level = logging.INFO if cfg.verbose else logging.ERROR
+    run_simulation(
+        server_app=server_app,
+        client_app=simulated_client_app(cfg, str(folder)),
+        num_supernodes=cfg.num_clients,
+        backend_config={
+            "init_args": {"logging_level": level, "log_to_driver": cfg.verbose},
+            "client_resources": {
+                "num_cpus": cfg.client_resources.num_cpus,
+                "num_gpus": cfg.client_resources.num_gpus,
+            },
+        },
+        verbose_logging=cfg.verbose,
+    )
+    return summary
+
+
+def _set_up_logging(console: Console, verbose: bool) -> None:
+    handler = RichHandler(console=console, show_path=False, log_time_format="%X")
+    ours, flower = logging.getLogger("gwpf_baseline"), logging.getLogger("flwr")
+    for logger in (ours, flower):
+        logger.handlers = [handler]
+        logger.propagate = False
+    ours.setLevel(logging.INFO)
+    # What a client did wrong, our own log says in one line; Flower adds tracebacks.
+    flower.setLevel(logging.INFO if verbose else logging.CRITICAL)
+
+
+@hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
+def _job(cfg: DictConfig) -> None:
+    console = Console()
+    cfg = checked(cfg)
+    if cfg.resume:
+        cfg = resumed(cfg, HydraConfig.get().overrides.task)
+    _set_up_logging(console, cfg.verbose)
+    run_experiment(cfg, Path(HydraConfig.get().runtime.output_dir), console)
+
+
+def main() -> None:
+    """Run the command line; what the user got wrong ends in one line and code 2."""
+    # Hydra would print its own many lines and exit with 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        _job()  # pylint: disable=no-value-for-parameter
+    except ConfigError as error:
+        sys.exit(_complain(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(_complain(as_config_error(error)))
+
+
+def _complain(error: ConfigError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

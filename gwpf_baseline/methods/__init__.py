@@ -1,0 +1,62 @@
+"""The methods: one file a paper, both halves in it."""
+
+import importlib
+import pkgutil
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+from gwpf_baseline.client import SyncClient
+from gwpf_baseline.strategy import SyncStrategy
+from gwpf_baseline.utils import ConfigError
+
+
+class Method(NamedTuple):
+    """What a method's file exports as ``METHOD``.
+
+    Parameters
+    ----------
+    config : type
+        The frozen dataclass of hyper-parameters; it checks its own values.
+    strategy : type
+        The server's half; takes a `config` beside :class:`SyncStrategy`'s arguments.
+    client : type
+        The client's half; takes a `config` beside :class:`SyncClient`'s arguments.
+    """
+
+    config: type
+    strategy: type[SyncStrategy]
+    client: type[SyncClient]
+
+
+def load_method(options: dict[str, Any]) -> tuple[Method, Any]:
+    """Find a method's file and build its hyper-parameters.
+
+    Parameters
+    ----------
+    options : dict
+        The configuration group ``method``: ``name`` (of the variant), ``module`` (the
+        file in this package) and the hyper-parameters.
+
+    Returns
+    -------
+    method : Method
+        The method's classes.
+    config : object
+        An instance of ``method.config``.
+
+    Raises
+    ------
+    ConfigError
+        An unknown module or hyper-parameter, or a value out of range.
+    """
+    module = options.get("module")
+    known = sorted(info.name for info in pkgutil.iter_modules(__path__))
+    if module not in known:
+        raise ConfigError("method.module", module, f"one of {', '.join(known)}")
+    method: Method = importlib.import_module(f"{__name__}.{module}").METHOD
+    values = {k: v for k, v in options.items() if k not in ("name", "module")}
+    names = [field.name for field in fields(method.config)]
+    for key, value in values.items():
+        if key not in names:
+            raise ConfigError(f"method.{key}", value, f"one of {', '.join(names)}")
+    return method, method.config(**values)

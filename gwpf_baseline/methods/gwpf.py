@@ -1,0 +1,478 @@
+"""Gradient-Wise Parameter Freezing (GWPF).
+
+Communication-efficient federated learning with gradient-wise parameter freezing and a
+thawing strategy. Computer Networks, 2024. The paper's code is Dora233/GWPF on GitHub;
+``docs/gwpf.md`` says where it departs from the paper and what is mended here.
+
+The server freezes single coordinates: a frozen one is not exchanged. Clients go on
+accumulating what they learn about it, and one bit a frozen coordinate tells the server
+when that matters again; the server then thaws it, and what has accumulated arrives.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from gwpf_baseline.client import ClientState, SyncClient, Task
+from gwpf_baseline.methods import Method
+from gwpf_baseline.strategy import SyncStrategy
+from gwpf_baseline.utils import ConfigError, derive_seed
+from gwpf_baseline.wire import BoolVector, FloatVector, Reader, Writer, as_tensor
+
+# The frozen share beyond which `tighten` makes freezing harder (released code).
+TIGHTEN_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class GWPFConfig:
+    """Hyper-parameters of GWPF.
+
+    Parameters
+    ----------
+    freeze_rule : {"always", "threshold"}
+        ``threshold`` (the paper): freeze a synchronised coordinate when its effective
+        update ``|E| / A`` is below `freeze_threshold`. ``always``: freeze everything
+        after each synchronisation, also before the first, so that only votes thaw.
+    freeze_threshold : float, default 0.5
+        In ``(0, 1]``.
+    ema : float, default 0.99
+        alpha, the factor of the moving averages E and A, in ``[0, 1)``.
+    tighten : bool, default False
+        Halve `freeze_threshold` when the frozen share rises past 0.8.
+    threshold_floor : float, default 0.01
+        `tighten` never goes below this.
+    frozen_update : {"residual", "drift"}
+        ``residual``: a frozen coordinate returns to its global value after a round and
+        what was learned is kept aside. ``drift`` (the released code): it stays where
+        training left it.
+    thaw_signal : {"importance", "consistency"}
+        ``consistency`` (the paper): vote for a coordinate whose local steps agree,
+        ``|sum of steps| >= thaw_threshold * sum of |steps|``. ``importance``: vote for
+        those with the client's largest accumulated updates.
+    thaw_threshold : float, default 0.5
+        For ``consistency``, in ``(0, 1]``.
+    vote_fraction : float, default 0.02
+        For ``importance``: the share of frozen coordinates voted for, in ``(0, 1]``.
+    thaw_rule : {"budget", "quorum"}
+        ``quorum``: thaw what at least `thaw_quorum` of the clients voted for.
+        ``budget``: thaw the most voted `thaw_budget` of all coordinates.
+    thaw_quorum : float, default 0.0
+        A share of the clients in ``[0, 1]``; 0 means any single one (released code).
+    thaw_budget : float, default 0.02
+        A share of all coordinates in ``(0, 1]``.
+    thaw_exchange : {"next_round", "same_round"}
+        Whether thawed coordinates are uploaded in the next round or in a second
+        exchange of the same one (the released code).
+
+    Raises
+    ------
+    ConfigError
+        A value that is not allowed.
+    """
+
+    freeze_rule: str = "always"
+    freeze_threshold: float = 0.5
+    ema: float = 0.99
+    tighten: bool = False
+    threshold_floor: float = 0.01
+    frozen_update: str = "residual"
+    thaw_signal: str = "importance"
+    thaw_threshold: float = 0.5
+    vote_fraction: float = 0.02
+    thaw_rule: str = "budget"
+    thaw_quorum: float = 0.0
+    thaw_budget: float = 0.02
+    thaw_exchange: str = "next_round"
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for key, choices in (
+            ("freeze_rule", ("always", "threshold")),
+            ("frozen_update", ("residual", "drift")),
+            ("thaw_signal", ("importance", "consistency")),
+            ("thaw_rule", ("budget", "quorum")),
+            ("thaw_exchange", ("next_round", "same_round")),
+        ):
+            if getattr(self, key) not in choices:
+                raise ConfigError(
+                    f"method.{key}", getattr(self, key), f"one of {', '.join(choices)}"
+                )
+        for key in (
+            "freeze_threshold",
+            "threshold_floor",
+            "thaw_threshold",
+            "vote_fraction",
+            "thaw_budget",
+        ):
+            if not _is_number(getattr(self, key)) or not 0 < getattr(self, key) <= 1:
+                raise ConfigError(f"method.{key}", getattr(self, key), "in (0, 1]")
+        if not _is_number(self.ema) or not 0 <= self.ema < 1:
+            raise ConfigError("method.ema", self.ema, "in [0, 1)")
+        if not _is_number(self.thaw_quorum) or not 0 <= self.thaw_quorum <= 1:
+            raise ConfigError("method.thaw_quorum", self.thaw_quorum, "in [0, 1]")
+        if not isinstance(self.tighten, bool):
+            raise ConfigError("method.tighten", self.tighten, "true or false")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# ---- the algorithm: pure functions on flat vectors ------------------------------------
+
+
+def is_stable(
+    ema: torch.Tensor, ema_abs: torch.Tensor, threshold: float
+) -> torch.Tensor:
+    """Tell which coordinates' global updates have become insignificant.
+
+    Parameters
+    ----------
+    ema, ema_abs : torch.Tensor
+        float32 ``(k,)``, E and A: the moving averages of the global update and of its
+        magnitude.
+    threshold : float
+        The freezing threshold T.
+
+    Returns
+    -------
+    torch.Tensor
+        bool ``(k,)``: ``|E| / A < T``. Where A is 0 there is no update at all, which
+        is stable too; the product form never divides by it.
+    """
+    return (ema.abs() < threshold * ema_abs) | (ema_abs == 0)
+
+
+def importance_votes(accumulated: FloatVector, fraction: float) -> BoolVector:
+    """Vote for the coordinates with the largest accumulated updates.
+
+    Parameters
+    ----------
+    accumulated : numpy.ndarray
+        float32 ``(m,)``, the residuals of the frozen coordinates.
+    fraction : float
+        The share to vote for; at least one coordinate.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool ``(m,)``. Ties at the threshold are all voted for; zeros never are.
+    """
+    size = np.abs(accumulated)
+    if size.size == 0:
+        return np.zeros(0, np.bool_)
+    count = math.ceil(fraction * size.size)
+    least = np.partition(size, size.size - count)[size.size - count]
+    return (size >= least) & (size > 0)
+
+
+def consistency_votes(
+    net: FloatVector, path: FloatVector, threshold: float
+) -> BoolVector:
+    """Vote for the coordinates whose local steps point the same way.
+
+    Parameters
+    ----------
+    net : numpy.ndarray
+        float32 ``(m,)``, the sum of the local steps.
+    path : numpy.ndarray
+        float32 ``(m,)``, the sum of their magnitudes.
+    threshold : float
+        The least ``|net| / path``.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool ``(m,)``. A coordinate that did not move never votes.
+    """
+    return (np.abs(net) >= np.float32(threshold) * path) & (path > 0)
+
+
+def thaw_by_quorum(counts: np.ndarray, clients: int, quorum: float) -> BoolVector:
+    """Thaw what a share of the clients voted for.
+
+    Parameters
+    ----------
+    counts : numpy.ndarray
+        uint16 ``(m,)``, votes for each frozen coordinate.
+    clients : int
+        Clients that voted.
+    quorum : float
+        The share of them that it takes, but at least one.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool ``(m,)``.
+    """
+    return counts >= max(1, math.ceil(quorum * clients))
+
+
+def thaw_by_budget(counts: np.ndarray, budget: int, seed: int) -> BoolVector:
+    """Thaw the most voted coordinates.
+
+    Parameters
+    ----------
+    counts : numpy.ndarray
+        uint16 ``(m,)``, votes for each frozen coordinate.
+    budget : int
+        How many to thaw at most.
+    seed : int
+        Decides which of equally voted coordinates, where not all fit.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool ``(m,)``; exactly ``min(budget, coordinates with a vote)`` are set.
+    """
+    # The least level at which everything fits, by bisection: no histogram, which
+    # would need an int64 copy of the counts.
+    low, high = 1, int(counts.max(initial=0)) + 1
+    while low < high:
+        level = (low + high) // 2
+        if np.count_nonzero(counts >= level) <= budget:
+            high = level
+        else:
+            low = level + 1
+    thawed: BoolVector = counts >= low
+    left = budget - int(np.count_nonzero(thawed))
+    tied = counts == low - 1
+    if low > 1 and left > 0:
+        order = np.random.default_rng(seed).random(int(np.count_nonzero(tied)))
+        thawed[tied] = order <= np.partition(order, left - 1)[left - 1]
+    return thawed
+
+
+# ---- the server's half ----------------------------------------------------------------
+
+
+class GWPFUpload(NamedTuple):
+    """What one client sends in one exchange.
+
+    Parameters
+    ----------
+    votes : numpy.ndarray or None
+        bool, one a frozen coordinate; None in a follow-up.
+    values : numpy.ndarray
+        float32, accumulated update of each active coordinate.
+    """
+
+    votes: BoolVector | None
+    values: FloatVector
+
+
+class GWPFStrategy(SyncStrategy[GWPFUpload]):
+    """The server's half of GWPF.
+
+    Parameters
+    ----------
+    *args : object
+        See :class:`SyncStrategy`.
+    config : GWPFConfig
+        The hyper-parameters.
+    **kwargs : object
+        See :class:`SyncStrategy`.
+
+    Attributes
+    ----------
+    mask : torch.Tensor
+        bool ``(d,)``, the active coordinates: those that clients upload next.
+    ema, ema_abs : torch.Tensor
+        float32 ``(d,)``, E and A.
+    threshold : float
+        The freezing threshold, which `tighten` lowers.
+    """
+
+    name = "gwpf"
+
+    def __init__(self, *args: Any, config: GWPFConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.config = config
+        always = config.freeze_rule == "always"
+        self.mask = torch.full((self.dimension,), not always)
+        self.thawed = torch.zeros_like(self.mask)
+        # Where everything is frozen after each synchronisation, nobody asks for E, A.
+        self.ema = torch.zeros(0 if always else self.dimension)
+        self.ema_abs = torch.zeros_like(self.ema)
+        self.threshold = config.freeze_threshold
+        self.above = False
+        self.asked = self.mask
+        self.sent = 0
+
+    def begin_exchange(self) -> BoolVector:
+        """Ask for the active coordinates, in a follow-up for those just thawed."""
+        self.asked = self.thawed if self.follow_up else self.mask
+        count = int(self.asked.sum())
+        self.sent = count + (self.sent if self.follow_up else 0)
+        self.value_sum = torch.zeros(count)
+        self.vote_counts = np.zeros(self.dimension - count, np.uint16)
+        self.voters = 0
+        return self.asked.numpy()
+
+    def read_upload(self, reader: Reader) -> GWPFUpload:
+        """Take one client's votes and values."""
+        votes = None
+        if not self.follow_up:
+            votes = reader.bitmap(self.vote_counts.size)
+        return GWPFUpload(votes, reader.vector(self.value_sum.numel()))
+
+    def add_upload(self, upload: GWPFUpload, weight: float) -> None:
+        """Add one client's values to the sums and its votes to the counts."""
+        self.value_sum.add_(as_tensor(upload.values), alpha=weight)
+        if upload.votes is not None:
+            self.vote_counts += upload.votes
+            self.voters += 1
+
+    def finish_exchange(self, total_weight: float) -> torch.Tensor:
+        """Apply the mean update, freeze what has settled, thaw what was voted for."""
+        asked = self.asked
+        update = self.value_sum.div_(total_weight)
+        _add_at(self.weights, asked, update)
+        keep = torch.zeros_like(asked).masked_scatter_(asked, ~self._frozen(update))
+        if self.follow_up:
+            self.mask = self.mask | keep
+        else:
+            thawed = torch.zeros_like(asked)
+            thawed.masked_scatter_(~asked, torch.from_numpy(self._elected()))
+            self.thawed = thawed
+            same_round = self.config.thaw_exchange == "same_round"
+            self.mask = keep if same_round else keep | thawed
+        if self.config.tighten and not self.wants_follow_up():
+            self._tighten()
+        return asked
+
+    def wants_follow_up(self) -> bool:
+        """Ask at once for what was thawed, if it is to be the same round."""
+        return (
+            self.config.thaw_exchange == "same_round"
+            and not self.follow_up
+            and bool(self.thawed.any())
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Return the share of coordinates that stayed frozen, and that were sent."""
+        share = self.sent / self.dimension
+        return {"frozen_fraction": 1.0 - share, "sent_fraction": share}
+
+    def method_state(self) -> dict[str, Any]:
+        """Return the mask, the averages and the threshold."""
+        return {
+            "mask": self.mask,
+            "ema": self.ema,
+            "ema_abs": self.ema_abs,
+            "threshold": self.threshold,
+            "above": self.above,
+        }
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`method_state` returned."""
+        for key, value in state.items():
+            setattr(self, key, value)
+
+    def _frozen(self, update: torch.Tensor) -> torch.Tensor:
+        if self.config.freeze_rule == "always":
+            return torch.ones(update.numel(), dtype=torch.bool)
+        rate = 1.0 - self.config.ema
+        ema = torch.masked_select(self.ema, self.asked).lerp_(update, rate)
+        ema_abs = torch.masked_select(self.ema_abs, self.asked)
+        ema_abs.lerp_(update.abs(), rate)
+        self.ema.masked_scatter_(self.asked, ema)
+        self.ema_abs.masked_scatter_(self.asked, ema_abs)
+        return is_stable(ema, ema_abs, self.threshold)
+
+    def _elected(self) -> BoolVector:
+        if self.config.thaw_rule == "quorum":
+            quorum = self.config.thaw_quorum
+            return thaw_by_quorum(self.vote_counts, self.voters, quorum)
+        budget = math.ceil(self.config.thaw_budget * self.dimension)
+        seed = derive_seed(self.seed, "ties", self.exchange)
+        return thaw_by_budget(self.vote_counts, budget, seed)
+
+    def _tighten(self) -> None:
+        """Halve the threshold once each time the frozen share rises past the mark."""
+        above = 1.0 - float(self.mask.sum()) / self.dimension > TIGHTEN_SHARE
+        if above and not self.above:
+            self.threshold = max(self.threshold / 2, self.config.threshold_floor)
+        self.above = above
+
+
+def _add_at(vector: torch.Tensor, mask: torch.Tensor, values: torch.Tensor) -> None:
+    vector.masked_scatter_(mask, torch.masked_select(vector, mask).add_(values))
+
+
+# ---- the client's half ----------------------------------------------------------------
+
+
+class GWPFClient(SyncClient):
+    """The client's half of GWPF.
+
+    Parameters
+    ----------
+    *args : object
+        See :class:`SyncClient`.
+    config : GWPFConfig
+        The hyper-parameters.
+    **kwargs : object
+        See :class:`SyncClient`.
+    """
+
+    name = "gwpf"
+
+    def __init__(self, *args: Any, config: GWPFConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.config = config
+
+    def upload(self, task: Task, state: ClientState, writer: Writer) -> float | None:
+        """Train, vote, and send what has accumulated on the active coordinates."""
+        assert task.mask is not None
+        residual = state.arrays.setdefault(
+            "residual", np.zeros(self.initial.numel(), np.float32)
+        )
+        loss = None
+        if not task.header.follow_up:
+            loss = self._learn(task, state, residual, writer)
+        writer.vector(residual[task.mask])
+        state.arrays["mask"] = task.mask
+        return loss
+
+    def _learn(
+        self, task: Task, state: ClientState, residual: FloatVector, writer: Writer
+    ) -> float:
+        assert task.mask is not None
+        frozen = ~task.mask
+        start = task.weights
+        if self.config.frozen_update == "drift":
+            start = start + torch.from_numpy(np.where(frozen, residual, np.float32(0)))
+        if self.config.thaw_signal == "consistency":
+            path = _Path(start.to(self.model.device))
+            delta, loss = self.train(start, task, state, path.step)
+            votes = consistency_votes(
+                delta.numpy()[frozen],
+                path.length.cpu().numpy()[frozen],
+                self.config.thaw_threshold,
+            )
+            residual += delta.numpy()
+        else:
+            delta, loss = self.train(start, task, state)
+            residual += delta.numpy()
+            votes = importance_votes(residual[frozen], self.config.vote_fraction)
+        writer.bitmap(votes)
+        return loss
+
+
+class _Path:
+    """The length of each coordinate's way through the local iterations."""
+
+    def __init__(self, start: torch.Tensor) -> None:
+        self.last = start.clone()
+        self.length = torch.zeros_like(start)
+
+    def step(self, vector: torch.Tensor) -> None:
+        self.length.add_(self.last.sub_(vector).abs_())
+        self.last.copy_(vector)
+
+
+METHOD = Method(GWPFConfig, GWPFStrategy, GWPFClient)

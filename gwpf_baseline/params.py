@@ -1,0 +1,166 @@
+"""A model as one flat vector of trainable parameters, and its buffers as another."""
+
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class FlatModel:
+    """A model whose parameters and gradients are views into two flat vectors.
+
+    The methods of this package reason about single coordinates. With the model laid
+    out like this they read and write all of them as one vector, without a copy, and
+    the optimiser's step is one vectorised update instead of one a layer.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model; it is moved to `device` and its parameters become views.
+    device : torch.device, default CPU
+        Where to compute.
+
+    Attributes
+    ----------
+    module : torch.nn.Module
+        The model itself.
+    vector : torch.nn.Parameter
+        Trainable parameters, float32 ``(d,)`` in ``named_parameters()`` order; its
+        ``grad`` is the flat gradient.
+    """
+
+    def __init__(
+        self, model: nn.Module, device: torch.device = torch.device("cpu")
+    ) -> None:
+        self.module = model.to(device)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        with torch.no_grad():
+            flat = torch.cat([p.detach().float().reshape(-1) for p in parameters])
+        self.vector = nn.Parameter(flat)
+        self.vector.grad = torch.zeros_like(flat)
+        offset = 0
+        for parameter in parameters:
+            end = offset + parameter.numel()
+            parameter.data = flat[offset:end].view_as(parameter)
+            parameter.grad = self.vector.grad[offset:end].view_as(parameter)
+            offset = end
+        # The vector must alias what the layers see: nn.Parameter keeps the storage.
+        assert self.vector.data_ptr() == flat.data_ptr()
+
+    @property
+    def device(self) -> torch.device:
+        """The device that holds the model."""
+        return self.vector.device
+
+    def zero_grad(self) -> None:
+        """Clear the gradient in place, which keeps the layers' views of it."""
+        assert self.vector.grad is not None
+        self.vector.grad.zero_()
+
+    @torch.no_grad()
+    def load(self, weights: torch.Tensor, buffers: torch.Tensor) -> None:
+        """Copy a flat parameter vector and a flat buffer vector into the model.
+
+        Parameters
+        ----------
+        weights : torch.Tensor
+            float32 ``(d,)`` on any device.
+        buffers : torch.Tensor
+            float32 ``(b,)`` on any device, as :func:`buffers_to_vector` gives it.
+        """
+        self.vector.copy_(weights)
+        vector_to_buffers(self.module, buffers)
+
+
+def buffers_to_vector(model: nn.Module) -> torch.Tensor:
+    """Collect a model's buffers, such as BatchNorm statistics.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 ``(b,)`` on the CPU in ``named_buffers()`` order, empty if there are
+        none. Counters are exact up to 2**24.
+    """
+    parts = [b.detach().to("cpu", torch.float32).reshape(-1) for b in model.buffers()]
+    return torch.cat(parts) if parts else torch.zeros(0)
+
+
+@torch.no_grad()
+def vector_to_buffers(model: nn.Module, vector: torch.Tensor) -> None:
+    """Write a vector of :func:`buffers_to_vector` back, rounding integer buffers.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model to write into.
+    vector : torch.Tensor
+        float32 ``(b,)``.
+    """
+    offset = 0
+    for buffer in model.buffers():
+        part = vector[offset : offset + buffer.numel()].view_as(buffer)
+        buffer.copy_(part if buffer.is_floating_point() else part.round())
+        offset += buffer.numel()
+
+
+def parameters_to_vector(model: nn.Module) -> torch.Tensor:
+    """Copy a model's trainable parameters into one vector.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 ``(d,)`` on the CPU in ``named_parameters()`` order.
+    """
+    parts = [p for p in model.parameters() if p.requires_grad]
+    return torch.cat([p.detach().to("cpu", torch.float32).reshape(-1) for p in parts])
+
+
+def to_ndarrays(
+    model: nn.Module, weights: torch.Tensor, buffers: torch.Tensor
+) -> list[np.ndarray]:
+    """Cut the flat vectors into arrays of the model's own shapes.
+
+    This is the list that Flower's examples exchange, so that whatever a user built
+    for Flower (an evaluation function, a model saver) understands it.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model that gives the shapes; it is not changed.
+    weights : torch.Tensor
+        float32 ``(d,)``.
+    buffers : torch.Tensor
+        float32 ``(b,)``.
+
+    Returns
+    -------
+    list of numpy.ndarray
+        One array an entry of ``model.state_dict()``, in its order.
+    """
+    pieces: dict[str, np.ndarray] = {}
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    for named, vector in (
+        (trainable, weights.numpy()),
+        (list(model.named_buffers()), buffers.numpy()),
+    ):
+        offset = 0
+        for name, tensor in named:
+            end = offset + math.prod(tensor.shape)
+            dtype = torch.empty(0, dtype=tensor.dtype).numpy().dtype
+            piece = vector[offset:end].reshape(tuple(tensor.shape))
+            pieces[name] = piece.astype(dtype, copy=False)
+            offset = end
+    for name, tensor in model.state_dict().items():
+        pieces.setdefault(name, tensor.cpu().numpy())
+    return [pieces[name] for name in model.state_dict()]

@@ -1,0 +1,176 @@
+"""The Flower ServerApp: builds the strategy, runs the rounds, writes the records."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.common import Context
+from flwr.server import Server, ServerConfig, SimpleClientManager
+from flwr.server.compat import start_grid
+from flwr.serverapp import Grid, ServerApp
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from safetensors.torch import save_file
+
+from gwpf_baseline.checkpoint import CheckpointFolder
+from gwpf_baseline.config import Workbench, from_run_config, workbench
+from gwpf_baseline.history import Display, History, RoundRecord, closing_table
+from gwpf_baseline.params import FlatModel, to_ndarrays
+from gwpf_baseline.strategy import SyncStrategy
+from gwpf_baseline.training import evaluate
+from gwpf_baseline.utils import ConfigError, pick_device, run_folder
+
+log = logging.getLogger(__name__)
+
+
+class Evaluator:
+    """Measures the global model on the test set every few rounds, and at the end.
+
+    Parameters
+    ----------
+    cfg : DictConfig
+        A checked configuration.
+    bench : Workbench
+        The data and the model.
+    """
+
+    def __init__(self, cfg: DictConfig, bench: Workbench) -> None:
+        self.every = cfg.eval_every
+        self.last = cfg.num_rounds
+        self.data = bench.data
+        device = pick_device(cfg.client_resources.num_gpus)
+        self.model = FlatModel(bench.model, device)
+
+    def __call__(
+        self, server_round: int, weights: torch.Tensor, buffers: torch.Tensor
+    ) -> tuple[float, float] | None:
+        """Return test loss and accuracy, None in a round that is not measured."""
+        if server_round % self.every and server_round != self.last:
+            return None
+        self.model.load(weights, buffers)
+        return evaluate(self.model, self.data)
+
+
+def run_server(
+    cfg: DictConfig, grid: Grid, folder: Path, console: Console
+) -> dict[str, Any]:
+    """Run all rounds of an experiment and write the files of the run.
+
+    Parameters
+    ----------
+    cfg : DictConfig
+        A checked configuration.
+    grid : Grid
+        Flower's connection to the nodes.
+    folder : pathlib.Path
+        The run's folder.
+    console : rich.console.Console
+        Where to show progress and the closing table.
+
+    Returns
+    -------
+    dict
+        The contents of ``summary.json``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, folder / "config.yaml")
+    bench = workbench(cfg)
+    history = History(folder)
+    display = Display(cfg.num_rounds, console)
+
+    def on_round(record: RoundRecord) -> None:
+        history.add(record)
+        display.update(record)
+
+    strategy: SyncStrategy = bench.method.strategy(
+        bench.model,
+        config=bench.method_config,
+        num_clients=cfg.num_clients,
+        fraction_fit=cfg.fraction_fit,
+        seed=cfg.seed,
+        weighting=cfg.weighting,
+        on_round=on_round,
+        connect_timeout=cfg.connect_timeout,
+        round_timeout=cfg.round_timeout,
+        checkpoints=CheckpointFolder(folder),
+        checkpoint_every=cfg.checkpoint_every,
+    )
+    strategy.evaluate_fn = Evaluator(cfg, bench)
+    if cfg.resume:
+        strategy.load_state(CheckpointFolder(cfg.resume).server_state())
+        history.restore(strategy.records)
+    remaining = cfg.num_rounds - strategy.first_round + 1
+    server = Server(client_manager=SimpleClientManager(), strategy=strategy)
+    # Every client of a round is under way at once; Flower queues them for the workers.
+    server.set_max_workers(min(cfg.num_clients, 128))
+    with display:
+        start_grid(
+            grid=grid,
+            server=server,
+            config=ServerConfig(num_rounds=remaining, round_timeout=cfg.round_timeout),
+        )
+    summary = history.write_summary(
+        method=cfg.method.name,
+        dataset=cfg.dataset.name,
+        model=cfg.model.name,
+        seed=cfg.seed,
+        parameters=strategy.dimension,
+    )
+    history.plot()
+    history.close()
+    save_model(strategy, folder / "model.safetensors")
+    console.print(closing_table(summary))
+    console.print(f"Results are in {folder}", soft_wrap=True)
+    return summary
+
+
+def save_model(strategy: SyncStrategy, file: Path) -> None:
+    """Write the global model under its state dict's names.
+
+    Parameters
+    ----------
+    strategy : SyncStrategy
+        Holds the model.
+    file : pathlib.Path
+        A safetensors file; ``model.load_state_dict(load_file(file))`` reads it.
+    """
+    arrays = to_ndarrays(strategy.model, strategy.weights, strategy.buffers)
+    names = strategy.model.state_dict().keys()
+    tensors = {
+        name: torch.from_numpy(array).clone()
+        for name, array in zip(names, arrays, strict=True)
+    }
+    save_file(tensors, file)
+
+
+def check_resume(cfg: DictConfig) -> None:
+    """Check that there is something to resume and something left to do.
+
+    Parameters
+    ----------
+    cfg : DictConfig
+        A checked configuration.
+
+    Raises
+    ------
+    ConfigError
+        No checkpoint, or all rounds are done.
+    """
+    if cfg.resume:
+        done = CheckpointFolder(cfg.resume).latest()
+        if done >= cfg.num_rounds:
+            raise ConfigError(
+                "num_rounds", cfg.num_rounds, f"more than the {done} rounds done"
+            )
+
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run one experiment from Flower's run configuration."""
+    cfg = from_run_config(context.run_config)
+    check_resume(cfg)
+    run_server(cfg, grid, run_folder(context.run_id), Console())

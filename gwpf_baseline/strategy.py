@@ -1,0 +1,633 @@
+"""What every method's Flower Strategy shares.
+
+Sampling, versions, byte counting, the failure policy, evaluation and checkpoints stand
+here. A method adds what it decides: which coordinates are exchanged, and what becomes
+of the uploads.
+"""
+
+import logging
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from flwr.common import (
+    EvaluateIns,
+    EvaluateRes,
+    FitIns,
+    FitRes,
+    GetPropertiesIns,
+    Parameters,
+    Scalar,
+    ndarrays_to_parameters,
+)
+from flwr.server.client_manager import ClientManager
+from flwr.server.client_proxy import ClientProxy
+from flwr.server.server import fit_clients
+from flwr.server.strategy import Strategy
+from torch import nn
+
+from gwpf_baseline.checkpoint import CheckpointFolder
+from gwpf_baseline.history import RoundRecord
+from gwpf_baseline.params import buffers_to_vector, parameters_to_vector, to_ndarrays
+from gwpf_baseline.utils import ConfigError, derive_seed
+from gwpf_baseline.wire import (
+    BoolVector,
+    Header,
+    Kind,
+    Reader,
+    WireError,
+    Writer,
+    as_tensor,
+    initial_checksum,
+    parse_tensors,
+)
+
+log = logging.getLogger(__name__)
+
+Results = Sequence[tuple[ClientProxy, FitRes]]
+Failures = Sequence[tuple[ClientProxy, FitRes] | BaseException]
+Upload = TypeVar("Upload")
+
+# (round, flat weights, flat buffers) -> (test loss, test accuracy), None to skip
+EvaluateFn = Callable[
+    [int, torch.Tensor, torch.Tensor], tuple[float, float] | None
+]
+
+
+@dataclass
+class ClientRecord:
+    """What the server knows of one client.
+
+    Parameters
+    ----------
+    version : int
+        The model version that the client confirmed to hold: an exchange's number, 0
+        for the initial weights, -1 for none.
+    accepted : int, default 0
+        The last exchange whose upload was used.
+    """
+
+    version: int
+    accepted: int = 0
+
+
+@dataclass
+class RoundCounts:
+    """What one round cost and how it went.
+
+    Parameters
+    ----------
+    uplink_bytes, downlink_bytes : int
+        Sums over the clients of the lengths of ``Parameters.tensors``.
+    asked : int
+        Clients sampled.
+    accepted : int
+        Clients whose upload was used.
+    failures : int
+        Clients that failed, or whose payload was refused.
+    """
+
+    uplink_bytes: int = 0
+    downlink_bytes: int = 0
+    asked: int = 0
+    accepted: int = 0
+    failures: int = 0
+
+
+class SyncStrategy(Strategy, Generic[Upload]):
+    """A Flower Strategy that exchanges only what a method decides to.
+
+    An *exchange* is one message to each client and its answer; exchanges are numbered
+    from 1, and the number of the last one is the model's version. For each coordinate
+    the server keeps the exchange that last changed it, for each client the version it
+    last confirmed. A client gets exactly what changed since, so one that missed many
+    rounds catches up, and one without any state gets the whole model.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model with its initial weights, which every client can derive as well.
+    num_clients : int
+        Clients to wait for before the first round.
+    fraction_fit : float, default 1.0
+        Share of the available clients that take part in a round, at least one.
+    seed : int, default 0
+        Seed of every choice of the server.
+    weighting : {"uniform", "examples"}, default "uniform"
+        Whether clients count alike, as in an all-reduce, or by their examples.
+    evaluate_fn : callable, optional
+        Measures the global model after each round.
+    on_round : callable, optional
+        Gets each round's record.
+    connect_timeout : float, default 60.0
+        Seconds to wait for `num_clients` nodes.
+    round_timeout : float, optional
+        Seconds to wait for a client in a follow-up exchange; default: no limit.
+    checkpoints : CheckpointFolder, optional
+        Where to write the whole state.
+    checkpoint_every : int, default 0
+        Rounds between checkpoints, 0 for none.
+
+    Attributes
+    ----------
+    weights : torch.Tensor
+        float32 ``(d,)``, the global parameters.
+    buffers : torch.Tensor
+        float32 ``(b,)``, the global buffers.
+    exchange : int
+        Number of the exchange under way, or of the last one.
+    """
+
+    #: Name on the wire; both halves of a method share it.
+    name: str
+    #: Whether clients get the whole model every time, which FedAvg is defined by.
+    dense_downlink = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        num_clients: int,
+        fraction_fit: float = 1.0,
+        seed: int = 0,
+        weighting: str = "uniform",
+        evaluate_fn: EvaluateFn | None = None,
+        on_round: Callable[[RoundRecord], None] | None = None,
+        connect_timeout: float = 60.0,
+        round_timeout: float | None = None,
+        checkpoints: CheckpointFolder | None = None,
+        checkpoint_every: int = 0,
+    ) -> None:
+        self.model = model
+        self.num_clients = num_clients
+        self.fraction_fit = fraction_fit
+        self.seed = seed
+        self.weighting = weighting
+        self.evaluate_fn = evaluate_fn
+        self.on_round = on_round
+        self.connect_timeout = connect_timeout
+        self.round_timeout = round_timeout
+        self.checkpoints = checkpoints
+        self.checkpoint_every = checkpoint_every
+
+        self.weights = parameters_to_vector(model)
+        self.buffers = buffers_to_vector(model)
+        self.last_changed = torch.zeros(self.dimension, dtype=torch.int32)
+        self.exchange = 0
+        self.clients: dict[int, ClientRecord] = {}
+        self.records: list[RoundRecord] = []
+        self.first_round = 1
+
+        self._proxies: dict[int, ClientProxy] = {}
+        self._ids: dict[str, int] = {}
+        self._started = time.monotonic()
+        self._reset_round()
+        self._checksum = initial_checksum(self.weights.numpy())
+        self._dense_bytes = _size(self._dense_message())
+
+    # ---- what a method adds -------------------------------------------------------
+
+    def begin_exchange(self) -> BoolVector | None:
+        """Start the exchange's sums afresh.
+
+        Returns
+        -------
+        numpy.ndarray or None
+            bool ``(d,)``, the coordinates that clients are to upload; None if the
+            method sends no mask.
+        """
+        return None
+
+    @abstractmethod
+    def read_upload(self, reader: Reader) -> Upload:
+        """Take one client's upload from a payload, without any effect.
+
+        Parameters
+        ----------
+        reader : Reader
+            The payload, its header checked.
+
+        Returns
+        -------
+        object
+            What :meth:`add_upload` gets once the whole payload has proved sound.
+
+        Raises
+        ------
+        WireError
+            The payload is not what this method's client sends.
+        """
+
+    @abstractmethod
+    def add_upload(self, upload: Upload, weight: float) -> None:
+        """Add one client's upload to the exchange's sums.
+
+        Parameters
+        ----------
+        upload : object
+            What :meth:`read_upload` returned.
+        weight : float
+            The client's weight in averages.
+        """
+
+    @abstractmethod
+    def finish_exchange(self, total_weight: float) -> torch.Tensor | None:
+        """Apply the exchange's sums to the global model and decide what follows.
+
+        Parameters
+        ----------
+        total_weight : float
+            Sum of the weights of the accepted clients, above 0.
+
+        Returns
+        -------
+        torch.Tensor or None
+            bool ``(d,)``, the coordinates that changed; None for all of them.
+        """
+
+    def wants_follow_up(self) -> bool:
+        """Return whether this round's clients are to be asked a second time."""
+        return False
+
+    def metrics(self) -> dict[str, float]:
+        """Return ``frozen_fraction`` and ``sent_fraction``, as far as they exist."""
+        return {}
+
+    def method_state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold of the method: tensors and values."""
+        return {}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`method_state` returned."""
+
+    # ---- Flower's hooks -----------------------------------------------------------
+
+    @property
+    def dimension(self) -> int:
+        """Return d, the number of trainable parameters."""
+        return self.weights.numel()
+
+    def initialize_parameters(self, client_manager: ClientManager) -> Parameters:
+        """Return the initial model in the shapes of its state dict."""
+        return self.parameters()
+
+    def parameters(self) -> Parameters:
+        """Return the global model in the shapes of its state dict."""
+        arrays = to_ndarrays(self.model, self.weights, self.buffers)
+        return ndarrays_to_parameters(arrays)
+
+    def configure_fit(
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, FitIns]]:
+        """Sample the round's clients and write to each what it lacks."""
+        self._reset_round()
+        self._identify(client_manager)
+        available = sorted(self._proxies)
+        if not available:
+            log.warning("round %d: no client is available", self._absolute(server_round))
+            return []
+        count = max(1, round(self.fraction_fit * len(available)))
+        seed = derive_seed(self.seed, "sample", self._absolute(server_round))
+        chosen = np.random.default_rng(seed).choice(available, count, replace=False)
+        self._counts.asked = count
+        return self._open_exchange([int(c) for c in sorted(chosen)], server_round, False)
+
+    def aggregate_fit(
+        self, server_round: int, results: Results, failures: Failures
+    ) -> tuple[Parameters | None, dict[str, Scalar]]:
+        """Use every sound upload, and ask again where the method wants to."""
+        accepted = self._close_exchange(results, failures)
+        self._counts.accepted = len(accepted)
+        if accepted and self.wants_follow_up():
+            instructions = self._open_exchange(accepted, server_round, True)
+            self._close_exchange(
+                *fit_clients(
+                    instructions, len(instructions), self.round_timeout, server_round
+                )
+            )
+        return self.parameters(), {}
+
+    def evaluate(
+        self, server_round: int, parameters: Parameters
+    ) -> tuple[float, dict[str, Scalar]] | None:
+        """Measure the global model and close the round's record."""
+        if server_round == 0:
+            return None
+        number = self._absolute(server_round)
+        measured = None
+        if self.evaluate_fn is not None:
+            measured = self.evaluate_fn(number, self.weights, self.buffers)
+        self._add_record(number, measured)
+        if self.checkpoint_every and number % self.checkpoint_every == 0:
+            self._checkpoint(number)
+        return None if measured is None else (measured[0], {"accuracy": measured[1]})
+
+    def configure_evaluate(
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, EvaluateIns]]:
+        """Return nothing: the global model is measured on the server."""
+        return []
+
+    def aggregate_evaluate(
+        self,
+        server_round: int,
+        results: list[tuple[ClientProxy, EvaluateRes]],
+        failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
+    ) -> tuple[float | None, dict[str, Scalar]]:
+        """Return nothing: no client is asked to evaluate."""
+        return None, {}
+
+    # ---- exchanges ----------------------------------------------------------------
+
+    def _open_exchange(
+        self, clients: Sequence[int], server_round: int, follow_up: bool
+    ) -> list[tuple[ClientProxy, FitIns]]:
+        self.exchange += 1
+        self.follow_up = follow_up
+        self._mask = self.begin_exchange()
+        self._asked = set(clients)
+        # Clients that hold the same version, mostly all of them, share one message.
+        messages: dict[tuple[int, int], Parameters] = {}
+        instructions = []
+        for client in clients:
+            record = self.clients[client]
+            key = (record.version, record.accepted)
+            if key not in messages:
+                messages[key] = self._message(record)
+            self._counts.downlink_bytes += _size(messages[key])
+            config: dict[str, Scalar] = {"round": self._absolute(server_round)}
+            instructions.append((self._proxies[client], FitIns(messages[key], config)))
+        return instructions
+
+    def _message(self, record: ClientRecord) -> Parameters:
+        if self.dense_downlink or record.version < 0:
+            return self._dense_message(record)
+        last = self.exchange - 1
+        # A client whose upload was used last time knows which coordinates changed:
+        # those that it was asked for.
+        masked = self._mask is not None and record.accepted == last > 0
+        kind = Kind.MASKED if masked else Kind.CHANGES
+        writer = Writer(self._header(kind, record))
+        changed = self.last_changed.numpy() > record.version
+        if kind is Kind.CHANGES:
+            writer.bitmap(changed)
+        return self._complete(writer, self.weights.numpy()[changed])
+
+    def _dense_message(self, record: ClientRecord | None = None) -> Parameters:
+        record = record or ClientRecord(version=-1)
+        writer = Writer(self._header(Kind.MODEL, record))
+        return self._complete(writer, self.weights.numpy())
+
+    def _header(self, kind: Kind, record: ClientRecord) -> Header:
+        return Header(
+            method=self.name,
+            kind=kind,
+            exchange=self.exchange,
+            base=record.version,
+            length=self.dimension,
+            accepted=record.accepted,
+            follow_up=self.follow_up,
+            checksum=self._checksum if record.version == 0 else 0,
+        )
+
+    def _complete(self, writer: Writer, values: np.ndarray) -> Parameters:
+        if self._mask is not None:
+            writer.bitmap(self._mask)
+        writer.vector(values)
+        if not self.follow_up:
+            writer.vector(self.buffers.numpy())
+        return ndarrays_to_parameters(writer.arrays())
+
+    def _close_exchange(self, results: Results, failures: Failures) -> list[int]:
+        known = [(self._ids[proxy.cid], result) for proxy, result in results]
+        silent = self._asked.difference(client for client, _ in known)
+        for failure in failures:
+            self._fail(silent, failure)
+        accepted: list[int] = []
+        total_weight = 0.0
+        # Floating-point sums depend on their order: not the order of arrival.
+        for client, result in sorted(known, key=lambda item: item[0]):
+            self._counts.uplink_bytes += _size(result.parameters)
+            try:
+                weight = self._weight(result)
+                upload, buffers = self._read(client, result.parameters)
+            except WireError as error:
+                self._fail({client}, error)
+                continue
+            self.add_upload(upload, weight)
+            if not self.follow_up:
+                self._buffer_sum.add_(as_tensor(buffers), alpha=weight)
+                self._add_loss(result)
+            self.clients[client] = ClientRecord(self.exchange - 1, self.exchange)
+            accepted.append(client)
+            total_weight += weight
+        if accepted:
+            changed = self.finish_exchange(total_weight)
+            if changed is None:
+                self.last_changed.fill_(self.exchange)
+            else:
+                self.last_changed.masked_fill_(changed, self.exchange)
+            if not self.follow_up:
+                torch.div(self._buffer_sum, total_weight, out=self.buffers)
+        return accepted
+
+    def _read(self, client: int, parameters: Parameters) -> tuple[Upload, np.ndarray]:
+        arrays = parse_tensors(parameters.tensors)
+        reader = Reader(arrays, self.name, self.dimension)
+        header = reader.header
+        if header.exchange != self.exchange:
+            raise WireError(
+                f"an answer to exchange {header.exchange}, not to {self.exchange}"
+            )
+        if header.kind is Kind.LOST and header.base in (-1, 0):
+            held = self.clients[client].version
+            self.clients[client].version = header.base
+            raise WireError(
+                f"it no longer holds version {held}; "
+                "next time it gets all that it lacks"
+            )
+        if header.kind is not Kind.UPDATE or header.base != self.exchange - 1:
+            raise WireError(
+                f"an answer of kind {header.kind.name} from version {header.base}, "
+                f"not an update from version {self.exchange - 1}"
+            )
+        upload = self.read_upload(reader)
+        size = 0 if self.follow_up else self.buffers.numel()
+        buffers = reader.vector(size)
+        reader.finish()
+        return upload, buffers
+
+    def _weight(self, result: FitRes) -> float:
+        if self.weighting == "uniform":
+            return 1.0
+        if not 1 <= result.num_examples < 2**31:
+            raise WireError(f"{result.num_examples} examples")
+        return float(result.num_examples)
+
+    def _fail(self, suspects: set[int], reason: object) -> None:
+        self._counts.failures += 1
+        if isinstance(reason, tuple):
+            proxy, result = reason
+            suspects, reason = {self._ids[proxy.cid]}, result.status.message
+        # Flower does not say whose exception it is, only that somebody is silent.
+        who = " or ".join(str(client) for client in sorted(suspects))
+        log.warning("client %s left out of exchange %d: %s", who, self.exchange, reason)
+
+    # ---- clients ------------------------------------------------------------------
+
+    def _identify(self, client_manager: ClientManager) -> None:
+        """Learn which partition each node serves.
+
+        Flower's node ids are random; partition ids make a run repeatable.
+        """
+        if not self._proxies and not client_manager.wait_for(
+            self.num_clients, int(self.connect_timeout)
+        ):
+            raise ConfigError(
+                "num_clients",
+                self.num_clients,
+                f"at most the number of connected nodes, "
+                f"{client_manager.num_available()}; for a simulation by flwr run: "
+                f'--federation-config "num-supernodes={self.num_clients}"',
+            )
+        proxies = client_manager.all()
+        new = [proxy for cid, proxy in proxies.items() if cid not in self._ids]
+
+        def ask(proxy: ClientProxy) -> int | None:
+            try:
+                answer = proxy.get_properties(
+                    GetPropertiesIns({}), timeout=self.round_timeout, group_id=None
+                )
+                return int(answer.properties["partition-id"])
+            # Whatever goes wrong on a node must not end the others' round.
+            except Exception as error:  # pylint: disable=broad-exception-caught
+                log.warning("node %s is left out: %s", proxy.cid, error)
+                return None
+
+        if new:
+            with ThreadPoolExecutor(max_workers=min(64, len(new))) as pool:
+                for proxy, client in zip(new, pool.map(ask, new), strict=True):
+                    if client is not None:
+                        self._ids[proxy.cid] = client
+        self._proxies = {}
+        for cid in sorted(proxies):
+            client = self._ids.get(cid)
+            if client is None:
+                continue
+            if client in self._proxies:
+                log.warning("node %s also claims partition %d: left out", cid, client)
+                continue
+            self._proxies[client] = proxies[cid]
+            self.clients.setdefault(client, ClientRecord(version=0))
+
+    # ---- records and checkpoints --------------------------------------------------
+
+    def _reset_round(self) -> None:
+        self._counts = RoundCounts()
+        self.follow_up = False
+        self._mask: BoolVector | None = None
+        self._asked: set[int] = set()
+        self._losses: list[float] = []
+        self._buffer_sum = torch.zeros_like(self.buffers)
+
+    def _absolute(self, server_round: int) -> int:
+        # Flower counts a resumed run's rounds from 1 again.
+        return self.first_round + server_round - 1
+
+    def _add_loss(self, result: FitRes) -> None:
+        loss = result.metrics.get("train_loss")
+        if isinstance(loss, float) and np.isfinite(loss):
+            self._losses.append(loss)
+
+    def _add_record(self, number: int, measured: tuple[float, float] | None) -> None:
+        counts = self._counts
+        last = self.records[-1] if self.records else None
+        metrics = self.metrics() if counts.accepted else {}
+        record = RoundRecord(
+            round=number,
+            seconds=time.monotonic() - self._started,
+            test_accuracy=measured[1] if measured else None,
+            test_loss=measured[0] if measured else None,
+            train_loss=float(np.mean(self._losses)) if self._losses else None,
+            uplink_bytes=counts.uplink_bytes,
+            downlink_bytes=counts.downlink_bytes,
+            cumulative_uplink_bytes=counts.uplink_bytes
+            + (last.cumulative_uplink_bytes if last else 0),
+            cumulative_downlink_bytes=counts.downlink_bytes
+            + (last.cumulative_downlink_bytes if last else 0),
+            dense_bytes=2 * counts.asked * self._dense_bytes
+            + (last.dense_bytes if last else 0),
+            frozen_fraction=metrics.get("frozen_fraction"),
+            sent_fraction=metrics.get("sent_fraction"),
+            clients=counts.accepted,
+            failures=counts.failures,
+        )
+        self.records.append(record)
+        if self.on_round is not None:
+            self.on_round(record)
+
+    def _checkpoint(self, number: int) -> None:
+        assert self.checkpoints is not None
+
+        def ask(client: int) -> None:
+            try:
+                self._proxies[client].get_properties(
+                    GetPropertiesIns({"checkpoint": number}),
+                    timeout=self.round_timeout,
+                    group_id=None,
+                )
+            except Exception as error:  # pylint: disable=broad-exception-caught
+                log.warning("client %d wrote no checkpoint: %s", client, error)
+
+        with ThreadPoolExecutor(max_workers=min(64, len(self._proxies))) as pool:
+            list(pool.map(ask, self._proxies))
+        self.checkpoints.commit(number, self.state())
+
+    def state(self) -> dict[str, Any]:
+        """Return the server's whole state: tensors and values that JSON holds."""
+        return {
+            **{f"method.{k}": v for k, v in self.method_state().items()},
+            "weights": self.weights,
+            "buffers": self.buffers,
+            "last_changed": self.last_changed,
+            "exchange": self.exchange,
+            "clients": {str(c): asdict(r) for c, r in self.clients.items()},
+            "records": [asdict(record) for record in self.records],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a state that :meth:`state` returned.
+
+        Parameters
+        ----------
+        state : dict of str to object
+            The state; rounds go on after its last one.
+        """
+        self.weights.copy_(state["weights"])
+        self.buffers.copy_(state["buffers"])
+        self.last_changed.copy_(state["last_changed"])
+        self.exchange = state["exchange"]
+        self.clients = {
+            int(client): ClientRecord(**record)
+            for client, record in state["clients"].items()
+        }
+        self.records = [RoundRecord(**record) for record in state["records"]]
+        self.load_method_state(
+            {
+                key.removeprefix("method."): value
+                for key, value in state.items()
+                if key.startswith("method.")
+            }
+        )
+        if self.records:
+            self.first_round = self.records[-1].round + 1
+            self._started = time.monotonic() - self.records[-1].seconds
+
+
+def _size(parameters: Parameters) -> int:
+    return sum(len(tensor) for tensor in parameters.tensors)

@@ -1,0 +1,307 @@
+"""The local loop: a data cursor that goes on across rounds, one vectorised optimiser."""
+
+import math
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from gwpf_baseline.dataset import ImageData, prepare
+from gwpf_baseline.params import FlatModel
+from gwpf_baseline.utils import ConfigError, derive_seed
+
+OPTIMIZERS = ("sgd", "adam")
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+StepHook = Callable[[torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a client trains in one round.
+
+    Parameters
+    ----------
+    local_steps : int
+        tau, the iterations of a round.
+    local_epochs : float or None
+        If set, takes the place of `local_steps`: passes over the client's data,
+        rounded up to whole batches.
+    batch_size : int
+        Samples an iteration.
+    optimizer : str
+        ``sgd`` or ``adam``.
+    lr : float
+        Learning rate.
+    momentum : float
+        Momentum of ``sgd``.
+    weight_decay : float
+        L2 penalty.
+    persist_optimizer : bool
+        Whether the optimiser's moments go on from round to round.
+    precision : str
+        ``fp32``, or on a GPU ``tf32`` (matrix products) or ``bf16`` (autocast).
+    """
+
+    local_steps: int = 5
+    local_epochs: float | None = None
+    batch_size: int = 50
+    optimizer: str = "sgd"
+    lr: float = 0.05
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    persist_optimizer: bool = False
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for key in ("local_steps", "batch_size"):
+            if not _at_least_one(getattr(self, key)):
+                raise ConfigError(key, getattr(self, key), "a whole number >= 1")
+        for key in ("local_epochs", "lr"):
+            value = getattr(self, key)
+            optional = key == "local_epochs" and value is None
+            if not optional and not _between(value, sys.float_info.min, math.inf):
+                raise ConfigError(key, value, "a number > 0")
+        if not _between(self.momentum, 0, 1):
+            raise ConfigError("momentum", self.momentum, "in [0, 1)")
+        if not _between(self.weight_decay, 0, math.inf):
+            raise ConfigError("weight_decay", self.weight_decay, "a number >= 0")
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError(
+                "optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}"
+            )
+        if self.precision not in PRECISIONS:
+            raise ConfigError(
+                "precision", self.precision, f"one of {', '.join(PRECISIONS)}"
+            )
+
+    def steps(self, num_examples: int) -> int:
+        """Return the iterations of a round for a client with so many examples."""
+        if self.local_epochs is None:
+            return self.local_steps
+        return math.ceil(self.local_epochs * num_examples / self.batch_size)
+
+
+def _at_least_one(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _between(value: object, low: float, high: float) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and low <= value < high  # type: ignore[operator]
+
+
+class Batches:
+    """One client's endless stream of batches.
+
+    The stream is the concatenation of one permutation of the client's data an epoch,
+    each drawn from the seed, the client and the epoch. A position in it is thus all
+    the state there is, and every batch is full, also where an epoch ends within it.
+
+    Parameters
+    ----------
+    data : ImageData
+        The data of all clients.
+    indices : numpy.ndarray
+        int64 ``(n,)``, the rows of the training data that are this client's.
+    seed : int
+        The run's seed.
+    client : int
+        The client's partition id.
+    augment : bool, default False
+        Whether to augment.
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        indices: np.ndarray,
+        seed: int,
+        client: int,
+        augment: bool = False,
+    ) -> None:
+        self.data = data
+        self.indices = indices
+        self.seed = seed
+        self.client = client
+        self.augment = augment
+        self._epoch = -1
+        self._order = indices
+
+    def __len__(self) -> int:
+        """Return the number of the client's examples."""
+        return len(self.indices)
+
+    def rows(self, cursor: int, batch_size: int) -> np.ndarray:
+        """Return the data rows at a position of the stream.
+
+        Parameters
+        ----------
+        cursor : int
+            Samples drawn so far.
+        batch_size : int
+            Samples to draw.
+
+        Returns
+        -------
+        numpy.ndarray
+            int64 ``(batch_size,)``.
+        """
+        rows = np.empty(batch_size, np.int64)
+        filled = 0
+        while filled < batch_size:
+            epoch, start = divmod(cursor + filled, len(self))
+            if epoch != self._epoch:
+                seed = derive_seed(self.seed, "order", self.client, epoch)
+                self._order = np.random.default_rng(seed).permutation(self.indices)
+                self._epoch = epoch
+            part = self._order[start : start + batch_size - filled]
+            rows[filled : filled + len(part)] = part
+            filled += len(part)
+        return rows
+
+    def batch(
+        self,
+        cursor: int,
+        batch_size: int,
+        device: torch.device,
+        generator: torch.Generator,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the normalised inputs and labels at a position of the stream."""
+        rows = self.rows(cursor, batch_size)
+        images = torch.from_numpy(self.data.train_images[rows]).to(device)
+        labels = torch.from_numpy(self.data.train_labels[rows]).to(device)
+        return prepare(images, self.data, self.augment, generator), labels
+
+
+def train(
+    model: FlatModel,
+    batches: Batches,
+    config: TrainingConfig,
+    cursor: int,
+    moments: dict[str, np.ndarray] | None = None,
+    on_step: StepHook | None = None,
+) -> tuple[float, int, dict[str, np.ndarray]]:
+    """Run one round's local iterations in place.
+
+    Parameters
+    ----------
+    model : FlatModel
+        The model, holding the weights to start from.
+    batches : Batches
+        The client's data.
+    config : TrainingConfig
+        What to run.
+    cursor : int
+        Position in the client's stream of samples.
+    moments : dict of str to numpy.ndarray, optional
+        The optimiser's state of the last round; default: a new optimiser.
+    on_step : callable, optional
+        Called with the parameter vector after every iteration.
+
+    Returns
+    -------
+    loss : float
+        Mean training loss over the iterations.
+    cursor : int
+        Position in the stream after the round.
+    moments : dict of str to numpy.ndarray
+        The optimiser's state, empty unless `config.persist_optimizer`.
+    """
+    # Whatever the model draws (dropout) and the augmentation draw follow from the
+    # place in the stream, not from the process that happens to run this client.
+    torch.manual_seed(derive_seed(batches.seed, "model", batches.client, cursor))
+    generator = torch.Generator()
+    generator.manual_seed(derive_seed(batches.seed, "augment", batches.client, cursor))
+    _set_precision(config.precision)
+    optimizer = _optimizer(model, config)
+    if config.persist_optimizer and moments:
+        state = {name: torch.from_numpy(value) for name, value in moments.items()}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: state}})
+    total = torch.zeros((), device=model.device)
+    steps = config.steps(len(batches))
+    model.module.train()
+    for _ in range(steps):
+        x, y = batches.batch(cursor, config.batch_size, model.device, generator)
+        cursor += config.batch_size
+        model.zero_grad()
+        with _autocast(config.precision, model.device):
+            loss = functional.cross_entropy(model.module(x), y)
+        loss.backward()
+        optimizer.step()
+        total += loss.detach()
+        if on_step is not None:
+            on_step(model.vector.detach())
+    saved: dict[str, np.ndarray] = {}
+    if config.persist_optimizer:
+        for name, value in optimizer.state_dict()["state"].get(0, {}).items():
+            if value is not None:
+                saved[name] = value.cpu().numpy()
+    return float(total) / steps, cursor, saved
+
+
+@torch.no_grad()
+def evaluate(
+    model: FlatModel, data: ImageData, batch_size: int = 1000
+) -> tuple[float, float]:
+    """Measure a model on the test set.
+
+    Parameters
+    ----------
+    model : FlatModel
+        The model.
+    data : ImageData
+        The data; its test images are normalised, never augmented.
+    batch_size : int, default 1000
+        Images at a time.
+
+    Returns
+    -------
+    loss : float
+        Mean cross-entropy.
+    accuracy : float
+        Share of correct answers.
+    """
+    model.module.eval()
+    loss, correct, total = 0.0, 0, len(data.test_labels)
+    generator = torch.Generator()
+    for start in range(0, total, batch_size):
+        stop = min(start + batch_size, total)
+        x = torch.from_numpy(np.array(data.test_images[start:stop])).to(model.device)
+        y = torch.from_numpy(np.array(data.test_labels[start:stop])).to(model.device)
+        logits = model.module(prepare(x, data, False, generator))
+        loss += float(functional.cross_entropy(logits, y, reduction="sum"))
+        correct += int((logits.argmax(1) == y).sum())
+    return loss / total, correct / total
+
+
+def _optimizer(model: FlatModel, config: TrainingConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "adam":
+        return torch.optim.Adam(
+            [model.vector], lr=config.lr, weight_decay=config.weight_decay
+        )
+    return torch.optim.SGD(
+        [model.vector],
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+
+
+def _autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def _set_precision(precision: str) -> None:
+    # Convolutions use TF32 unless told otherwise. Deterministic kernels, so that the
+    # same seed gives the same history on a GPU too.
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.deterministic = True

@@ -1,0 +1,83 @@
+"""Seeds, devices and the one kind of error that a user's configuration can cause."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+
+
+class ConfigError(ValueError):
+    """A configuration value that cannot be used.
+
+    Parameters
+    ----------
+    key : str
+        The configuration key as the user writes it, e.g. ``partition.alpha``.
+    value : object
+        The value that was given.
+    allowed : str
+        What would be accepted, e.g. ``a number > 0``.
+    """
+
+    def __init__(self, key: str, value: object, allowed: str) -> None:
+        super().__init__(f"{key}={value}: must be {allowed}")
+
+
+def derive_seed(*parts: int | str) -> int:
+    """Derive an independent 63-bit seed from a run's seed and the names of its use.
+
+    Python's own ``hash`` differs between processes; this does not, so that a client
+    draws the same numbers in whichever worker it runs.
+
+    Parameters
+    ----------
+    *parts : int or str
+        For example ``(seed, "batches", partition_id, epoch)``.
+
+    Returns
+    -------
+    int
+        A seed in ``[0, 2**63)``.
+    """
+    text = "/".join(str(part) for part in parts)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def pick_device(num_gpus: float) -> torch.device:
+    """Choose where a client trains.
+
+    Parameters
+    ----------
+    num_gpus : float
+        The share of a GPU that the client was given (``client_resources.num_gpus``).
+
+    Returns
+    -------
+    torch.device
+        The GPU if a share of one was given and one is visible, else the CPU.
+    """
+    use_gpu = num_gpus > 0 and torch.cuda.is_available()
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def run_folder(run_id: int) -> Path:
+    """Return the folder of a run that Flower started.
+
+    Server and simulated clients derive the same one. Flower runs apps in a working
+    folder of its own, so this lies under the user's home, or where ``GWPF_OUTPUTS``
+    says.
+
+    Parameters
+    ----------
+    run_id : int
+        Flower's id of the run.
+
+    Returns
+    -------
+    pathlib.Path
+        ``<outputs>/<run_id>``.
+    """
+    outputs = os.environ.get("GWPF_OUTPUTS", "~/gwpf_outputs")
+    return Path(outputs).expanduser() / str(run_id)

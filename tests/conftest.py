@@ -1,0 +1,25 @@
+"""What all tests share: no network, one thread, and the folder of real data."""
+
+import os
+
+# Read when the libraries are first imported, hence before them.
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# pylint: disable=wrong-import-position
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def data_root() -> Path:
+    """Return the folder of real datasets, or skip the test where there is none."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    root = Path(os.environ.get("GWPF_DATA", beside))
+    if not root.is_dir():
+        pytest.skip(f"no real data: GWPF_DATA is unset and {root} does not exist")
+    return root

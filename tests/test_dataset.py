@@ -1,0 +1,684 @@
+"""Tests of loading, caching, partitioning and preparing data."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+
+from gwpf_baseline import dataset as module
+from gwpf_baseline.dataset import ImageData, load_data, partition_indices, prepare
+from gwpf_baseline.utils import ConfigError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DATASETS = sorted(f.stem for f in (REPOSITORY / "conf" / "dataset").glob("*.yaml"))
+
+
+@pytest.fixture(name="cache", autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give every test a cache of its own, and forget what this process has loaded."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.delenv("GWPF_DATA", raising=False)
+    module._load.cache_clear()
+    return tmp_path / "xdg" / "gwpf_baseline"
+
+
+def config(dataset: str, **changes: Any) -> DictConfig:
+    """Return a shipped dataset configuration with some values changed."""
+    cfg = OmegaConf.load(REPOSITORY / "conf" / "dataset" / f"{dataset}.yaml")
+    return OmegaConf.merge(cfg, {k: _plain(v) for k, v in changes.items()})
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def scheme(name: str, **changes: Any) -> DictConfig:
+    """Return a shipped partition configuration with some values changed."""
+    cfg = OmegaConf.load(REPOSITORY / "conf" / "partition" / f"{name}.yaml")
+    return OmegaConf.merge(cfg, changes)
+
+
+def labelled(labels: Any, natural_ids: Any = None) -> ImageData:
+    """Return a dataset of which only labels and ids matter."""
+    labels = np.asarray(labels, np.int64)
+    ids = None if natural_ids is None else np.asarray(natural_ids, np.int64)
+    images = np.zeros((len(labels), 1, 1, 1), np.uint8)
+    one = np.ones(1, np.float32)
+    return ImageData(
+        images, labels, images, labels, int(labels.max()) + 1, one, one, ids
+    )
+
+
+def random_images(count: int, mode: str = "RGB", side: int = 8) -> list[Image.Image]:
+    """Return images of noise."""
+    rng = np.random.default_rng(count)
+    shape = (count, side, side, 3)[: 4 if mode == "RGB" else 3]
+    return [Image.fromarray(p) for p in rng.integers(0, 256, shape, dtype=np.uint8)]
+
+
+def write_parquet(file: Path, **columns: tuple[Any, list[Any]]) -> None:
+    """Write a parquet file in the hub's schema: a feature and its values per column."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    features = datasets.Features({name: kind for name, (kind, _) in columns.items()})
+    values = {name: values for name, (_, values) in columns.items()}
+    datasets.Dataset.from_dict(values, features).to_parquet(file)
+
+
+def forbid_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the test fail when anything is decoded."""
+
+    def fail(*_: Any) -> None:
+        pytest.fail("decoded again")
+
+    monkeypatch.setattr(module, "_decode", fail)
+
+
+# --------------------------------------------------------------------------- sources
+
+
+def test_all_dataset_configurations_share_their_keys() -> None:
+    """Code may rely on each key, whatever the dataset."""
+    assert set(DATASETS) >= {"digits", "mnist", "emnist", "cifar10", "cifar100"}
+    for name in DATASETS:
+        assert config(name).keys() == config("digits").keys()
+        assert config(name).name == name
+
+
+def test_digits_need_nothing_but_the_package() -> None:
+    """The built-in dataset is scaled to uint8, enlarged and split 80 to 20."""
+    data = load_data(config("digits"))
+    assert data.input_shape == (1, 28, 28)
+    assert data.num_classes == 10
+    assert (len(data.train_images), len(data.test_images)) == (1437, 360)
+    assert data.train_images.dtype == np.uint8
+    assert data.train_images.max() == 255
+    assert data.train_labels.dtype == np.int64
+    assert data.natural_ids is None
+    assert set(data.test_labels) == set(range(10))
+    pixels = data.train_images / 255
+    np.testing.assert_allclose(data.mean, pixels.mean(), rtol=1e-5)
+    np.testing.assert_allclose(data.std, pixels.std(), rtol=1e-5)
+    assert data.mean.dtype == data.std.dtype == np.float32
+
+
+def test_images_are_mapped_and_read_only() -> None:
+    """Workers share the pages of one file and cannot spoil them."""
+    data = load_data(config("digits"))
+    assert isinstance(data.train_images, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        data.train_images[0] = 0
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "classes", "rows"),
+    [
+        ("mnist", (1, 28, 28), 10, (60_000, 10_000)),
+        ("emnist", (1, 28, 28), 47, (40_650, 8_123)),
+        ("cifar10", (3, 32, 32), 10, (50_000, 10_000)),
+    ],
+)
+def test_real_data(
+    data_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    shape: tuple[int, int, int],
+    classes: int,
+    rows: tuple[int, int],
+) -> None:
+    """The real datasets are found by name under GWPF_DATA and decode as known."""
+    if not (data_root / name).is_dir():
+        pytest.skip(f"no real data: {data_root / name} does not exist")
+    monkeypatch.setenv("GWPF_DATA", str(data_root))
+    data = load_data(config(name))
+    assert data.input_shape == shape
+    assert data.num_classes == classes
+    assert (len(data.train_labels), len(data.test_labels)) == rows
+    assert set(data.train_labels) == set(data.test_labels) == set(range(classes))
+    if name == "mnist":
+        np.testing.assert_allclose(data.mean, 0.1307, atol=1e-4)
+        np.testing.assert_allclose(data.std, 0.3081, atol=1e-4)
+
+
+def test_parquet_like_cifar100(tmp_path: Path) -> None:
+    """Pixels survive; of two label columns the configured one is read."""
+    images = random_images(12)
+    fine = [(7 * i) % 100 for i in range(12)]
+    for split, part in (("train", slice(0, 9)), ("test", slice(9, 12))):
+        write_parquet(
+            tmp_path / "data" / f"{split}.parquet",
+            img=(datasets.Image(), images[part]),
+            fine_label=(datasets.ClassLabel(num_classes=100), fine[part]),
+            coarse_label=(datasets.ClassLabel(num_classes=20), [0] * len(fine[part])),
+        )
+    data = load_data(config("cifar100", path=tmp_path / "data"))
+    expected = np.stack([np.asarray(image) for image in images]).transpose(0, 3, 1, 2)
+    assert_array_equal(data.train_images, expected[:9])
+    assert_array_equal(data.test_images, expected[9:])
+    assert_array_equal(data.train_labels, fine[:9])
+    assert_array_equal(data.test_labels, fine[9:])
+    assert data.num_classes == 100
+
+
+def test_parquet_like_femnist(tmp_path: Path) -> None:
+    """Ids number the sorted writers, a test set is held out, shards are joined."""
+    writers = ["f0010_02", "f0000_14", "f0005_03", "f0010_02", "f0000_14"] * 4
+    for shard, part in enumerate((slice(0, 12), slice(12, 20))):
+        write_parquet(
+            tmp_path / "data" / f"train-0000{shard}-of-00002.parquet",
+            image=(datasets.Image(), random_images(20, "L")[part]),
+            writer_id=(datasets.Value("string"), writers[part]),
+            character=(datasets.ClassLabel(num_classes=62), list(range(20))[part]),
+        )
+    data = load_data(config("femnist", path=tmp_path / "data"))
+    assert data.num_classes == 62
+    assert (len(data.train_labels), len(data.test_labels)) == (16, 4)
+    assert set(data.train_labels) | set(data.test_labels) == set(range(20))
+    assert data.natural_ids is not None
+    assert data.natural_ids.dtype == np.int64
+    # Each label occurs once, so it tells which row of the source an example was.
+    names = sorted(set(writers))
+    assert [names[i] for i in data.natural_ids] == [
+        writers[label] for label in data.train_labels
+    ]
+
+
+def test_parquet_from_elsewhere(tmp_path: Path) -> None:
+    """Named columns need no types of the hub: bare bytes and class names will do."""
+    rows = {
+        "picture": [
+            (tmp_path / "a.png", image.save(tmp_path / "a.png"))[0].read_bytes()
+            for image in random_images(4)
+        ],
+        "animal": ["dog", "cat", "eel", "cat"],
+    }
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "data" / "train.parquet")
+    cfg = config("parquet", path=tmp_path / "data", image="picture", label="animal")
+    data = load_data(cfg)
+    assert data.num_classes == 3
+    assert sorted([*data.train_labels, *data.test_labels]) == [0, 0, 1, 2]
+    assert data.input_shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_imagefolder(tmp_path: Path, split: bool) -> None:
+    """Subfolders are classes, with or without folders for the splits above them."""
+    for part, kind in itertools.product(("train", "test"), ("cat", "dog")):
+        folder = tmp_path / "data" / (part if split else "") / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(4):
+            level = 200 if kind == "dog" else 100
+            Image.new("L", (8, 6), level).save(folder / f"{part}{i}.png")
+    data = load_data(config("imagefolder", path=tmp_path / "data"))
+    assert data.input_shape == (1, 6, 8)
+    assert data.num_classes == 2
+    assert len(data.train_labels) == (8 if split else 12)
+    assert_array_equal(data.train_images[:, 0, 0, 0], 100 + 100 * data.train_labels)
+    assert_array_equal(data.test_images[:, 0, 0, 0], 100 + 100 * data.test_labels)
+
+
+def test_every_mode_is_converted(tmp_path: Path) -> None:
+    """One colour image makes all of them RGB; 16 bits are scaled, not clipped."""
+    grey = Image.new("L", (4, 4), 100)
+    deep = Image.fromarray(np.full((4, 4), 100 << 8, np.uint16))
+    palette = Image.new("RGB", (4, 4), (1, 2, 3)).quantize()
+    images = [grey, deep, palette, grey.convert("RGBA"), grey.convert("LA")]
+    for i, image in enumerate(images):
+        (tmp_path / "data" / "train" / "x").mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "data" / "train" / "x" / f"{i}.png")
+    (tmp_path / "data" / "test" / "x").mkdir(parents=True)
+    grey.convert("CMYK").save(tmp_path / "data" / "test" / "x" / "0.tif")
+    data = load_data(config("imagefolder", path=tmp_path / "data"))
+    assert_array_equal(
+        data.train_images[:, :, 0, 0],
+        [[100] * 3, [100] * 3, [1, 2, 3], [100] * 3, [100] * 3],
+    )
+    assert_array_equal(data.test_images[:, :, 0, 0], [[100] * 3])
+
+
+def test_image_size_makes_unequal_images_square(tmp_path: Path) -> None:
+    """Without it, images of different sizes are refused with the key to set."""
+    folder = tmp_path / "data" / "x"
+    folder.mkdir(parents=True)
+    for side in (8, 12, 10):
+        Image.new("RGB", (side, 8), (side, 0, 0)).save(folder / f"{side}.png")
+    with pytest.raises(
+        ConfigError, match="dataset.image_size=null: .* 8x8, 10x8, 12x8"
+    ):
+        load_data(config("imagefolder", path=tmp_path / "data"))
+    data = load_data(config("imagefolder", path=tmp_path / "data", image_size=16))
+    assert data.input_shape == (3, 16, 16)
+    reds = [*data.train_images[:, 0, 5, 5], *data.test_images[:, 0, 5, 5]]
+    assert sorted(reds) == [8, 10, 12]
+
+
+def test_a_constant_channel_has_a_standard_deviation_of_one(tmp_path: Path) -> None:
+    """Normalising must not divide by zero, nor by rounding noise."""
+    (tmp_path / "data" / "x").mkdir(parents=True)
+    for red in (0, 250):
+        Image.new("RGB", (4, 4), (red, 77, 0)).save(
+            tmp_path / "data" / "x" / f"{red}.png"
+        )
+    (tmp_path / "data" / "x" / "0.png").rename(tmp_path / "data" / "x" / "a.png")
+    data = load_data(config("imagefolder", path=tmp_path / "data", test_fraction=0.5))
+    assert_array_equal(data.std, np.ones(3))
+    assert data.std.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("mnist", {"path": "/no/such"}, "dataset.path=/no/such: must be an existing f"),
+        ("mnist", {"path": "."}, "dataset.path=.*: must be .* with train.parquet"),
+        ("mnist", {}, "dataset.path=null: must be .* ylecun/mnist could not be loaded"),
+        ("emnist", {}, "dataset.path=null: must be an existing folder with train.par"),
+        ("parquet", {}, "dataset.path=null: must be an existing folder with train.pa"),
+        ("imagefolder", {}, "dataset.path=null: must be .* one subfolder of images a"),
+        ("imagefolder", {"path": "."}, "dataset.path=.*: must be .* subfolder of ima"),
+        ("digits", {"path": "x"}, "dataset.path=x: must be null, as digits is built"),
+        ("digits", {"source": "web"}, "dataset.source=web: must be one of digits, hub"),
+        ("digits", {"image": "pic"}, "dataset.image=pic: must be one of .* image, lab"),
+        ("digits", {"image": "label"}, "dataset.image=label: .* readable images"),
+        ("digits", {"label": "y"}, "dataset.label=y: must be one of the columns image"),
+        ("digits", {"natural_id": "w"}, "dataset.natural_id=w: must be one of the co"),
+        ("digits", {"image_size": 0}, "dataset.image_size=0: must be a whole number"),
+        ("digits", {"test_fraction": 1.0}, "dataset.test_fraction=1.0: must be a num"),
+    ],
+)
+def test_wrong_configurations_name_the_key_and_the_mend(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    """Every mistake ends in one line, and leaves no cache behind."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ConfigError, match=f"^{message}") as caught:
+        load_data(config(name, cache_dir=tmp_path / "cache", **changes))
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_ambiguous_columns_are_asked_for(tmp_path: Path) -> None:
+    """With two label columns there is no only one."""
+    write_parquet(
+        tmp_path / "data" / "train.parquet",
+        img=(datasets.Image(), random_images(3)),
+        a=(datasets.ClassLabel(num_classes=3), [0, 1, 2]),
+        b=(datasets.ClassLabel(num_classes=3), [0, 1, -1]),
+    )
+    cfg = config("parquet", path=tmp_path / "data")
+    with pytest.raises(ConfigError, match="^dataset.label=null: .* columns img, a, b$"):
+        load_data(cfg)
+    with pytest.raises(ConfigError, match="^dataset.label=b: .* without unlabelled"):
+        load_data(OmegaConf.merge(cfg, {"label": "b"}))
+
+
+def test_broken_files_are_the_users_to_mend(tmp_path: Path) -> None:
+    """Neither a bad parquet file nor a bad image ends in a stack of library errors."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.parquet").write_bytes(b"not parquet")
+    with pytest.raises(ConfigError, match="^dataset.path=.*/data: must be"):
+        load_data(config("mnist", path=tmp_path / "data"))
+    (tmp_path / "images" / "x").mkdir(parents=True)
+    for i in range(3):
+        (tmp_path / "images" / "x" / f"{i}.png").write_bytes(b"not an image")
+    with pytest.raises(ConfigError, match="^dataset.image=image: .* readable images"):
+        load_data(config("imagefolder", path=tmp_path / "images"))
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """A file in the cache folder's place is reported as such."""
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="^dataset.cache_dir=.*/file: must be a fold"):
+        load_data(config("digits", cache_dir=tmp_path / "file"))
+
+
+# ----------------------------------------------------------------------------- cache
+
+
+def test_a_second_load_decodes_nothing(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the same process nor another one decodes again."""
+    first = load_data(config("digits"))
+    assert len(list(cache.iterdir())) == 1
+    forbid_decoding(monkeypatch)
+    assert load_data(config("digits")) is first
+    module._load.cache_clear()
+    again = load_data(config("digits"))
+    assert again is not first
+    assert_array_equal(again.train_images, first.train_images)
+    assert_array_equal(again.test_labels, first.test_labels)
+
+
+def test_whatever_determines_the_arrays_renews_them(tmp_path: Path) -> None:
+    """A changed setting or a rewritten file is another cache."""
+    assert load_data(config("digits", image_size=32)).input_shape == (1, 32, 32)
+    assert load_data(config("digits")).input_shape == (1, 28, 28)
+    for rows in (5, 10):
+        write_parquet(
+            tmp_path / "data" / "train.parquet",
+            img=(datasets.Image(), random_images(rows)),
+            label=(datasets.ClassLabel(num_classes=2), [0] * rows),
+        )
+        module._load.cache_clear()
+        data = load_data(config("parquet", path=tmp_path / "data"))
+        assert len(data.train_labels) + len(data.test_labels) == rows
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "garbage"])
+@pytest.mark.parametrize("name", ["train_images", "test_labels", "mean"])
+def test_a_damaged_cache_is_rebuilt(cache: Path, name: str, damage: str) -> None:
+    """What cannot be opened is decoded once more, and replaced."""
+    expected = np.array(load_data(config("digits")).train_images)
+    file = next(cache.iterdir()) / f"{name}.npy"
+    content = file.read_bytes()
+    file.unlink()
+    if damage != "missing":
+        spoilt = {"empty": b"", "truncated": content[:-1], "garbage": b"x" * 999}
+        file.write_bytes(spoilt[damage])
+    module._load.cache_clear()
+    assert_array_equal(load_data(config("digits")).train_images, expected)
+    assert file.read_bytes() == content
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_kill_while_decoding_leaves_no_half_cache(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files get their final place only once all of them are written."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_mean_and_std", lambda _: os.kill(os.getpid(), 0))
+        patch.setattr(module.tempfile.TemporaryDirectory, "cleanup", lambda _: None)
+        patch.setattr(module.tempfile.TemporaryDirectory, "__exit__", lambda *_: None)
+        with pytest.raises(TypeError):
+            load_data(config("digits"))
+    leftovers = list(cache.iterdir())
+    assert leftovers
+    assert all(folder.name.startswith("tmp-") for folder in leftovers)
+    assert len(load_data(config("digits")).train_labels) == 1437
+
+
+def test_a_lost_race_takes_the_winners_cache(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process that finishes first is no error, and nothing is left over."""
+    decode = module._decode
+
+    def overtaken(*args: Any) -> None:
+        monkeypatch.setattr(module, "_decode", decode)
+        load_data(config("digits"))  # the other process, start to end
+        decode(*args)
+
+    monkeypatch.setattr(module, "_decode", overtaken)
+    assert len(load_data(config("digits")).train_labels) == 1437
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_concurrent_processes_agree(cache: Path) -> None:
+    """Processes that start at once all end up with the same whole cache."""
+    program = (
+        "from omegaconf import OmegaConf\n"
+        "from gwpf_baseline.dataset import load_data\n"
+        "data = load_data(OmegaConf.load('conf/dataset/digits.yaml'))\n"
+        "print(len(data.train_images), int(data.train_images[:].sum(dtype='int64')))"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert outputs[0] == outputs[1]
+    assert outputs[0].startswith(b"1437 ")
+    assert len(list(cache.iterdir())) == 1
+
+
+# ---------------------------------------------------------------------- partitioning
+
+
+LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 60))
+PARTITIONS = [
+    scheme("iid"),
+    scheme("dirichlet", alpha=0.3),
+    scheme("pathological"),
+    scheme("natural_id"),
+]
+
+
+@pytest.mark.parametrize("cfg", PARTITIONS, ids=lambda cfg: cfg.name)
+def test_partitions_are_disjoint_complete_and_never_empty(cfg: DictConfig) -> None:
+    """With clients enough for all classes and ids, every example has one owner."""
+    parts = partition_indices(labelled(LABELS, LABELS // 2), cfg, 5, seed=1)
+    if cfg.name == "pathological":
+        parts = partition_indices(labelled(LABELS), cfg, 12, seed=1)
+    assert all(len(part) and part.dtype == np.int64 for part in parts)
+    assert_array_equal(np.sort(np.concatenate(parts)), np.arange(len(LABELS)))
+
+
+@pytest.mark.parametrize("cfg", PARTITIONS, ids=lambda cfg: cfg.name)
+def test_partitions_follow_from_the_seed(cfg: DictConfig) -> None:
+    """Two processes agree; another seed divides otherwise, except by natural id."""
+
+    def parts(seed: int) -> list[list[int]]:
+        module._partition.cache_clear()
+        data = labelled(LABELS, LABELS)
+        return [p.tolist() for p in partition_indices(data, cfg, 10, seed)]
+
+    assert parts(1) == parts(1)
+    assert (parts(1) == parts(2)) == (cfg.name == "natural_id")
+
+
+def test_partitions_are_computed_once_and_read_only() -> None:
+    """A client asks every round, and must not change what the others get."""
+    data = labelled(LABELS)
+    first = partition_indices(data, scheme("iid"), 3, 1)
+    assert partition_indices(data, scheme("iid"), 3, 1)[0] is first[0]
+    with pytest.raises(ValueError, match="read-only"):
+        first[0][0] = 1
+    first.clear()
+    assert len(partition_indices(data, scheme("iid"), 3, 1)) == 3
+
+
+def test_iid_parts_are_equal_and_mixed() -> None:
+    """Sorted labels do not lead to clients of one class."""
+    parts = partition_indices(labelled(np.sort(LABELS)), scheme("iid"), 7, 1)
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    assert all(len(set(np.sort(LABELS)[part])) == 10 for part in parts)
+
+
+def test_alpha_governs_the_skew() -> None:
+    """A large alpha gives every client all classes, a small one hardly more than
+    one."""
+
+    def classes(alpha: float) -> float:
+        cfg = scheme("dirichlet", alpha=alpha)
+        parts = partition_indices(labelled(LABELS), cfg, 5, seed=1)
+        return float(np.mean([len(set(LABELS[part])) for part in parts]))
+
+    assert classes(1000) == 10
+    assert classes(0.01) < 4 < classes(1)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    labels=st.lists(st.integers(0, 4), min_size=1, max_size=40),
+    alpha=st.floats(1e-300, 1e6),
+    seed=st.integers(0, 2**63 - 1),
+    draw=st.data(),
+)
+def test_dirichlet_always_finds_a_partition(
+    labels: list[int], alpha: float, seed: int, draw: st.DataObject
+) -> None:
+    """Whatever the alpha, as many clients as examples can be served."""
+    num_clients = draw.draw(st.integers(1, len(labels)))
+    cfg = scheme("dirichlet", alpha=alpha)
+    parts = partition_indices(labelled(labels), cfg, num_clients, seed)
+    assert len(parts) == num_clients
+    assert all(len(part) for part in parts)
+    assert_array_equal(np.sort(np.concatenate(parts)), np.arange(len(labels)))
+
+
+@pytest.mark.parametrize("count", [1, 3, 10])
+def test_pathological_clients_have_so_many_classes(count: int) -> None:
+    """Exactly so many each, and nobody owns an example twice."""
+    cfg = scheme("pathological", classes_per_client=count)
+    parts = partition_indices(labelled(LABELS), cfg, 8, seed=1)
+    assert [len(set(LABELS[part])) for part in parts] == [count] * 8
+    rows = np.concatenate(parts)
+    assert len(rows) == len(set(rows))
+
+
+def test_natural_clients_are_the_sorted_ids(capfd: pytest.CaptureFixture[str]) -> None:
+    """Client i holds exactly the i-th id's examples; surplus ids stay away,
+    silently."""
+    ids = np.array([7, 3, 3, 9, 7, 7])
+    data = labelled([0, 1, 0, 1, 0, 1], ids)
+    parts = partition_indices(data, scheme("natural_id"), 2, seed=1)
+    assert [part.tolist() for part in parts] == [[1, 2], [0, 4, 5]]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("cfg", "num_clients", "message"),
+    [
+        (
+            {"name": "sorted"},
+            2,
+            "partition=sorted: must be one of iid, dirichlet, path",
+        ),
+        (scheme("iid"), 0, "num_clients=0: must be a whole number from 1 to 600"),
+        (scheme("iid"), 601, "num_clients=601: must be a whole number from 1 to 600"),
+        (scheme("dirichlet", alpha=0), 2, "partition.alpha=0: must be a number > 0"),
+        (scheme("dirichlet", alpha="a"), 2, "partition.alpha=a: must be a number > 0"),
+        (
+            scheme("dirichlet", alpha=float("nan")),
+            2,
+            "partition.alpha=nan: must be a number > 0",
+        ),
+        (
+            scheme("pathological", classes_per_client=11),
+            2,
+            "partition.classes_per_client=11: must be a whole number from 1 to 10",
+        ),
+        (
+            scheme("pathological", classes_per_client=0),
+            2,
+            "partition.classes_per_client=0: must be a whole number from 1 to 10",
+        ),
+        (
+            scheme("pathological", classes_per_client=10),
+            61,
+            "num_clients=61: must be smaller for this partition: Label: 0 is needed",
+        ),
+        (scheme("natural_id"), 11, "num_clients=11: must be at most 10, the number of"),
+    ],
+)
+def test_impossible_partitions_are_refused(
+    cfg: Any, num_clients: int, message: str
+) -> None:
+    """One line names the key and what it may be."""
+    with pytest.raises(ConfigError, match=f"^{message}") as caught:
+        partition_indices(
+            labelled(LABELS, LABELS), OmegaConf.create(cfg), num_clients, seed=1
+        )
+    assert "\n" not in str(caught.value)
+
+
+def test_natural_partitions_need_ids() -> None:
+    """A dataset without ids points to those that have them."""
+    with pytest.raises(ConfigError, match="^partition=natural_id: must be .* femnist"):
+        partition_indices(labelled(LABELS), scheme("natural_id"), 2, seed=1)
+
+
+# ------------------------------------------------------------------- feeding a model
+
+
+def statistics(mean: list[float], std: list[float]) -> ImageData:
+    """Return a dataset of which only mean and std matter."""
+    empty = np.zeros((0, len(mean), 1, 1), np.uint8)
+    labels = np.zeros(0, np.int64)
+    return ImageData(empty, labels, empty, labels, 1, np.float32(mean), np.float32(std))
+
+
+def test_prepare_normalises_each_channel() -> None:
+    """The training set itself comes out with mean 0 and standard deviation 1."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (50, 2, 7, 5), dtype=np.uint8)
+    scaled = pixels / 255
+    axes = (0, 2, 3)
+    data = statistics(list(scaled.mean(axes)), list(scaled.std(axes)))
+    images = torch.from_numpy(pixels)
+    prepared = prepare(images, data)
+    assert prepared.dtype == torch.float32
+    assert prepared.shape == images.shape
+    assert_array_equal(images, pixels)
+    torch.testing.assert_close(prepared.mean(axes), torch.zeros(2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        prepared.std(axes, correction=0), torch.ones(2), atol=1e-5, rtol=0
+    )
+
+
+def test_augmentation_equals_a_slow_reference() -> None:
+    """Each image is padded with black, cropped at its own place, perhaps flipped."""
+    images = torch.randint(0, 256, (64, 3, 9, 11), dtype=torch.uint8)
+    data = statistics([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
+    augmented = prepare(images, data, True, torch.Generator().manual_seed(3))
+
+    generator = torch.Generator().manual_seed(3)
+    tops, lefts = torch.randint(9, (2, 64, 1), generator=generator)
+    flips = torch.rand((64, 1), generator=generator) < 0.5
+    reference = torch.zeros_like(images)
+    for i, (top, left, flip) in enumerate(zip(tops, lefts, flips, strict=True)):
+        canvas = torch.zeros(3, 9 + 8, 11 + 8, dtype=torch.uint8)
+        canvas[:, 4:13, 4:15] = images[i]
+        crop = canvas[:, int(top) : int(top) + 9, int(left) : int(left) + 11]
+        reference[i] = crop.flip(2) if flip else crop
+    assert torch.equal(augmented, prepare(reference, data))
+    # All 9 x 9 x 2 variants are possible; that many draws should hit most edges.
+    assert {int(t) for t in tops} == {int(t) for t in lefts} == set(range(9))
+    assert 16 < int(flips.sum()) < 48
+
+
+def test_augmentation_follows_its_generator_alone() -> None:
+    """The same generator state gives the same images, and the global one rests."""
+    images = torch.randint(0, 256, (8, 1, 6, 6), dtype=torch.uint8)
+    data = statistics([0.5], [0.5])
+    before = torch.get_rng_state()
+    generator = torch.Generator().manual_seed(1)
+    first, second = (prepare(images, data, True, generator) for _ in range(2))
+    assert torch.equal(
+        first, prepare(images, data, True, torch.Generator().manual_seed(1))
+    )
+    assert not torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_augmentation_is_the_same_on_a_gpu() -> None:
+    """Only arithmetic moves to the device, the draws do not."""
+    images = torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8)
+    data = statistics([0.4, 0.5, 0.6], [0.2, 0.3, 0.4])
+    on_cpu, on_gpu = (
+        prepare(images.to(d), data, True, torch.Generator().manual_seed(1)).cpu()
+        for d in ("cpu", "cuda")
+    )
+    torch.testing.assert_close(on_cpu, on_gpu)
