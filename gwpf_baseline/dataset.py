@@ -188,15 +188,11 @@ def _find_folder(cfg: DictConfig) -> Path | None:
 @lru_cache(maxsize=4)
 def _load(settings: _Settings, cache_dir: Path) -> ImageData:
     """Map the cached arrays, decoding them first if need be."""
-    files = _list_files(settings)
-    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in sum(files, [])]
-    fingerprint = repr((_CACHE_VERSION, settings, stats)).encode()
-    folder = cache_dir / hashlib.blake2b(fingerprint, digest_size=16).hexdigest()
+    folder = cache_dir / _fingerprint(settings)
     has_ids = settings.natural_id is not None
-    try:
+    existed = folder.is_dir()  # asked first: another process may be about to finish
+    with suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
         return _map_arrays(folder, has_ids)
-    except (OSError, ValueError, EOFError):
-        pass  # not there yet, or damaged
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -206,11 +202,12 @@ def _load(settings: _Settings, cache_dir: Path) -> ImageData:
     # Only a whole cache is given its name: whoever is killed leaves but a temporary
     # folder behind, and of several processes at once the first to finish wins.
     with tempfile.TemporaryDirectory(prefix="tmp-", dir=cache_dir) as scratch:
-        if folder.exists():
-            os.rename(folder, Path(scratch, "damaged"))
+        if existed:
+            with suppress(FileNotFoundError):
+                os.rename(folder, Path(scratch, "damaged"))
         fresh = Path(scratch, "fresh")
         fresh.mkdir()
-        _decode(settings, files, fresh)
+        _decode(settings, fresh)
         try:
             os.rename(fresh, folder)
         except OSError:
@@ -219,21 +216,30 @@ def _load(settings: _Settings, cache_dir: Path) -> ImageData:
     return _map_arrays(folder, has_ids)
 
 
-def _patterns(settings: _Settings) -> dict[str, str]:
-    """Name the files of each split by a pattern; none for the hub and for digits."""
-    if settings.path is None:
-        return {}
-    if settings.source != "imagefolder":
+def _fingerprint(settings: _Settings) -> str:
+    """Digest everything that determines the arrays."""
+    files = []
+    if settings.path is not None:
+        for pattern in _patterns(settings.path, settings.source).values():
+            for file in sorted(settings.path.glob(pattern)):
+                stat = file.stat()
+                files.append((str(file), stat.st_size, stat.st_mtime_ns))
+    text = repr((_CACHE_VERSION, settings, files))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _patterns(folder: Path, source: str) -> dict[str, str]:
+    """Return, for each split in a folder, the pattern of its files' names."""
+    if source != "imagefolder":
         patterns = {"train": "train*.parquet", "test": "test*.parquet"}
-    elif (settings.path / "train").is_dir():
+    elif (folder / "train").is_dir():
         patterns = {"train": "train/**/*", "test": "test/**/*"}
     else:
         patterns = {"train": "**/*"}
-    return {
-        split: str(settings.path / pattern)
-        for split, pattern in patterns.items()
-        if any(settings.path.glob(pattern))
-    }
+    found = {split: p for split, p in patterns.items() if any(folder.glob(p))}
+    if "train" not in found:
+        raise ConfigError("dataset.path", folder, _FOLDERS[source])
+    return found
 
 
 def _map_arrays(folder: Path, has_ids: bool) -> ImageData:
@@ -257,15 +263,13 @@ def _map_arrays(folder: Path, has_ids: bool) -> ImageData:
 # ---------------------------------------------------------------------------- decoding
 
 
-def _decode(
-    settings: _Settings, files: tuple[list[Path], list[Path]], folder: Path
-) -> None:
+def _decode(settings: _Settings, folder: Path) -> None:
     """Write every array of the dataset into a folder."""
     datasets.disable_progress_bars()
     arrays: dict[str, Any] = {}
     # The library's own copy of local files is needed only until they are decoded.
     with tempfile.TemporaryDirectory(dir=folder) as library_cache:
-        train, test = _read_splits(settings, files, library_cache)
+        train, test = _read_splits(settings, library_cache)
         label = _column("label", settings.label, train, datasets.ClassLabel)
         labels, arrays["num_classes"] = _encode_labels(train, test, label)
         arrays["train_labels"] = labels[: len(train)]
@@ -283,13 +287,13 @@ def _decode(
 
 
 def _read_splits(
-    settings: _Settings, files: tuple[list[Path], list[Path]], library_cache: str
+    settings: _Settings, library_cache: str
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Read the training and the test split, with the images still encoded."""
     if settings.source == "digits":
         splits = {"train": _digits()}
     else:
-        splits = _federated_splits(settings, files, library_cache)
+        splits = _federated_splits(settings, library_cache)
     if "test" not in splits:
         splits = splits["train"].train_test_split(settings.test_fraction, seed=0)
     return splits["train"], splits["test"]
@@ -308,7 +312,7 @@ def _digits() -> datasets.Dataset:
 
 
 def _federated_splits(
-    settings: _Settings, files: tuple[list[Path], list[Path]], library_cache: str
+    settings: _Settings, library_cache: str
 ) -> dict[str, datasets.Dataset]:
     """Read the splits from the hub or from disk through Flower Datasets."""
     where: dict[str, Any]
@@ -316,14 +320,15 @@ def _federated_splits(
     if settings.path is None:
         where = {"dataset": settings.hub}
         allowed += f"; {settings.hub} could not be loaded from the hub"
-    elif settings.source == "imagefolder":
-        where = {"dataset": "imagefolder", "data_dir": str(settings.path)}
     else:
-        named = zip(("train", "test"), files, strict=True)
-        data_files = {name: [str(f) for f in split] for name, split in named if split}
-        where = {"dataset": "parquet", "data_files": data_files}
-    if settings.path is not None:
-        where["cache_dir"] = library_cache
+        where = {
+            "dataset": "imagefolder" if settings.source == "imagefolder" else "parquet",
+            "data_dir": str(settings.path),
+            "data_files": _patterns(settings.path, settings.source),
+            "cache_dir": library_cache,
+        }
+        if settings.source == "imagefolder":
+            where["drop_labels"] = False  # not even where there is but one class
     federated = FederatedDataset(partitioners={}, shuffle=False, **where)
     try:
         splits = {"train": federated.load_split("train")}
@@ -418,7 +423,7 @@ def _write_images(
 ) -> None:
     """Decode a split into a uint8 array of shape ``(N, C, H, W)`` on disk."""
     width, height = size
-    shape = (len(split), len(mode) if mode == "RGB" else 1, height, width)
+    shape = (len(split), len(mode), height, width)  # a mode has a letter per channel
     array = open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
     for row, image in enumerate(_open_images(split, column)):
         if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
@@ -540,9 +545,8 @@ def _partitioner(
                 num_clients, "label", alpha, 0, shuffle=False, seed=seed
             )
         case "pathological":
-            count, classes = cfg["classes_per_client"], len(
-                np.unique(data.train_labels)
-            )
+            count = cfg["classes_per_client"]
+            classes = len(np.unique(data.train_labels))
             if not (isinstance(count, int) and 1 <= count <= classes):
                 allowed = f"a whole number from 1 to {classes}, the number of classes"
                 raise ConfigError("partition.classes_per_client", count, allowed)
@@ -551,9 +555,7 @@ def _partitioner(
             )
         case "natural_id":
             if data.natural_ids is None:
-                allowed = (
-                    "another, or dataset femnist or one with dataset.natural_id set"
-                )
+                allowed = "another, or the dataset femnist or with natural_id set"
                 raise ConfigError("partition", "natural_id", allowed)
             ids = len(np.unique(data.natural_ids))
             if num_clients > ids:
