@@ -14,8 +14,8 @@ from flwr.client import NumPyClient
 from flwr.common import (
     Array,
     ArrayRecord,
-    ConfigRecord,
     Config,
+    ConfigRecord,
     Context,
     NDArrays,
     Scalar,
@@ -314,7 +314,7 @@ class SyncClient(NumPyClient):
             else:
                 raise LostState(-1)
             mask = reader.bitmap(size) if self.masked else None
-            weights.numpy()[changed] = reader.vector(np.count_nonzero(changed))
+            weights.numpy()[changed] = reader.vector(int(np.count_nonzero(changed)))
         else:
             raise WireError(f"a server does not send {header.kind.name}")
         buffers = None
@@ -342,9 +342,10 @@ class SyncClient(NumPyClient):
         dict
             ``partition-id``.
         """
-        state = ClientState.load(self.context)
-        if "checkpoint" in config and self.saved is not None and state is not None:
-            file = self.saved.client_file(int(config["checkpoint"]), self.batches.client)
+        if "checkpoint" in config and self.saved is not None:
+            state = self.load_state()
+            number = int(config["checkpoint"])
+            file = self.saved.client_file(number, self.batches.client)
             tensors = {k: torch.from_numpy(v) for k, v in state.arrays.items()}
             save_state(file, {**tensors, **state.values()})
         return {"partition-id": self.batches.client}

@@ -1,5 +1,6 @@
 """The Flower ClientApp: for the simulation, ``flwr run`` and SuperNodes."""
 
+import copy
 import functools
 import json
 from typing import Any
@@ -71,7 +72,8 @@ def _flat_model(
     num_gpus: float, model: torch.nn.Module
 ) -> tuple[FlatModel, torch.Tensor]:
     initial = parameters_to_vector(model)
-    return FlatModel(model, pick_device(num_gpus)), initial
+    # A copy: the model is the process's only record of the initial weights.
+    return FlatModel(copy.deepcopy(model), pick_device(num_gpus)), initial
 
 
 def simulated_client_app(cfg: DictConfig, folder: str) -> ClientApp:

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -72,7 +73,7 @@ def compose_config(overrides: Sequence[str] = ()) -> DictConfig:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             return compose("config", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        raise as_config_error(error) from error
+        raise as_config_error(error, overrides) from error
 
 
 def from_run_config(run_config: Mapping[str, Any]) -> DictConfig:
@@ -99,13 +100,15 @@ def _plain(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def as_config_error(error: Exception) -> ConfigError:
+def as_config_error(error: Exception, overrides: Sequence[str] = ()) -> ConfigError:
     """Say in one line what is wrong with an override.
 
     Parameters
     ----------
     error : Exception
         What Hydra or OmegaConf raised.
+    overrides : sequence of str, default none
+        The overrides that were given, to find the value that belongs to a key.
 
     Returns
     -------
@@ -115,9 +118,15 @@ def as_config_error(error: Exception) -> ConfigError:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, value = str(error.missing_cfg_file).rpartition("/")
         return ConfigError(group, value, f"one of {', '.join(sorted(error.options))}")
+    unknown = re.match("Could not override '(.+)'", str(error))
+    if unknown:
+        key = unknown[1]
+        given = dict(text.lstrip("+~").partition("=")[::2] for text in overrides)
+        allowed = "one of the keys that --cfg job shows"
+        return ConfigError(key, given.get(key, ""), allowed)
     text = " ".join(str(error.__cause__ or error).split())
     # OmegaConf adds where in its own tree the value stands, which says nothing new.
-    return ConfigError("configuration", text.split(" full_key:")[0], "a known key")
+    return ConfigError("overrides", text.split(" full_key:")[0], "key=value")
 
 
 def checked(cfg: DictConfig) -> DictConfig:
@@ -225,7 +234,7 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """
     file = Path(cfg.resume) / "config.yaml"
     if not file.is_file():
-        raise ConfigError("resume", cfg.resume, "the folder of a run (config.yaml in it)")
+        raise ConfigError("resume", cfg.resume, "the folder of a run")
     saved = OmegaConf.load(file)
     assert isinstance(saved, DictConfig)
     for override in overrides:

@@ -5,35 +5,20 @@ maps into memory. Normalisation and augmentation run batched, on the training de
 """
 
 import hashlib
-import math
+import importlib
 import os
 import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import redirect_stderr, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
-import datasets
 import numpy as np
 import torch
-from datasets.exceptions import DatasetsError
-from flwr_datasets import FederatedDataset
-from flwr_datasets.partitioner import (
-    DirichletPartitioner,
-    IidPartitioner,
-    NaturalIdPartitioner,
-    Partitioner,
-    PathologicalPartitioner,
-)
-from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from omegaconf import DictConfig
-from PIL import Image
-from sklearn.datasets import load_digits
 from torch.nn import functional
 
 from gwpf_baseline.utils import ConfigError
@@ -42,7 +27,7 @@ SOURCES = ("digits", "hub", "parquet", "imagefolder")
 PARTITIONS = ("iid", "dirichlet", "pathological", "natural_id")
 
 _PARQUET = "an existing folder with train.parquet and, if there is one, test.parquet"
-_FOLDERS = {
+FOLDERS = {
     "hub": _PARQUET,
     "parquet": _PARQUET,
     "imagefolder": "an existing folder with one subfolder of images a class",
@@ -72,6 +57,8 @@ class ImageData:
     natural_ids : NDArray[np.int64] or None
         Shape ``(N,)``, which natural client (a writer, a speaker) a training image
         comes from, numbered in the sorted order of their names. (default: None)
+    folder : Path or None
+        The cache folder that holds the arrays. (default: None)
     """
 
     train_images: NDArray[np.uint8]
@@ -82,6 +69,7 @@ class ImageData:
     mean: NDArray[np.float32]
     std: NDArray[np.float32]
     natural_ids: NDArray[np.int64] | None = None
+    folder: Path | None = None
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -94,7 +82,7 @@ class ImageData:
 
 
 @dataclass(frozen=True)
-class _Settings:
+class Settings:
     """What, of the configuration group ``dataset``, determines the arrays."""
 
     source: str
@@ -147,7 +135,7 @@ def load_data(cfg: DictConfig) -> ImageData:
     return _load(_check_settings(cfg), cache_dir.resolve())
 
 
-def _check_settings(cfg: DictConfig) -> _Settings:
+def _check_settings(cfg: DictConfig) -> Settings:
     if cfg.source not in SOURCES:
         raise ConfigError("dataset.source", cfg.source, f"one of {', '.join(SOURCES)}")
     size, share = cfg.image_size, cfg.test_fraction
@@ -155,7 +143,7 @@ def _check_settings(cfg: DictConfig) -> _Settings:
         raise ConfigError("dataset.image_size", size, "a whole number > 0, or null")
     if not (isinstance(share, float) and 0 < share < 1):
         raise ConfigError("dataset.test_fraction", share, "a number between 0 and 1")
-    return _Settings(
+    return Settings(
         source=cfg.source,
         hub=cfg.hub,
         path=_find_folder(cfg),
@@ -181,12 +169,12 @@ def _find_folder(cfg: DictConfig) -> Path | None:
     if path is None and cfg.hub is not None:
         return None
     if path is None or not Path(str(path)).expanduser().is_dir():
-        raise ConfigError("dataset.path", path or "null", _FOLDERS[cfg.source])
+        raise ConfigError("dataset.path", path or "null", FOLDERS[cfg.source])
     return Path(str(path)).expanduser().resolve()
 
 
 @lru_cache(maxsize=4)
-def _load(settings: _Settings, cache_dir: Path) -> ImageData:
+def _load(settings: Settings, cache_dir: Path) -> ImageData:
     """Map the cached arrays, decoding them first if need be."""
     folder = cache_dir / _fingerprint(settings)
     has_ids = settings.natural_id is not None
@@ -207,7 +195,7 @@ def _load(settings: _Settings, cache_dir: Path) -> ImageData:
                 os.rename(folder, Path(scratch, "damaged"))
         fresh = Path(scratch, "fresh")
         fresh.mkdir()
-        _decode(settings, fresh)
+        importlib.import_module("gwpf_baseline.decoding").decode(settings, fresh)
         try:
             os.rename(fresh, folder)
         except OSError:
@@ -216,11 +204,11 @@ def _load(settings: _Settings, cache_dir: Path) -> ImageData:
     return _map_arrays(folder, has_ids)
 
 
-def _fingerprint(settings: _Settings) -> str:
+def _fingerprint(settings: Settings) -> str:
     """Digest everything that determines the arrays."""
     files = []
     if settings.path is not None:
-        for pattern in _patterns(settings.path, settings.source).values():
+        for pattern in patterns(settings.path, settings.source).values():
             for file in sorted(settings.path.glob(pattern)):
                 stat = file.stat()
                 files.append((str(file), stat.st_size, stat.st_mtime_ns))
@@ -228,17 +216,17 @@ def _fingerprint(settings: _Settings) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _patterns(folder: Path, source: str) -> dict[str, str]:
+def patterns(folder: Path, source: str) -> dict[str, str]:
     """Return, for each split in a folder, the pattern of its files' names."""
     if source != "imagefolder":
-        patterns = {"train": "train*.parquet", "test": "test*.parquet"}
+        known = {"train": "train*.parquet", "test": "test*.parquet"}
     elif (folder / "train").is_dir():
-        patterns = {"train": "train/**/*", "test": "test/**/*"}
+        known = {"train": "train/**/*", "test": "test/**/*"}
     else:
-        patterns = {"train": "**/*"}
-    found = {split: p for split, p in patterns.items() if any(folder.glob(p))}
+        known = {"train": "**/*"}
+    found = {split: p for split, p in known.items() if any(folder.glob(p))}
     if "train" not in found:
-        raise ConfigError("dataset.path", folder, _FOLDERS[source])
+        raise ConfigError("dataset.path", folder, FOLDERS[source])
     return found
 
 
@@ -257,199 +245,8 @@ def _map_arrays(folder: Path, has_ids: bool) -> ImageData:
         mean=array("mean"),
         std=array("std"),
         natural_ids=array("natural_ids") if has_ids else None,
+        folder=folder,
     )
-
-
-# ---------------------------------------------------------------------------- decoding
-
-
-def _decode(settings: _Settings, folder: Path) -> None:
-    """Write every array of the dataset into a folder."""
-    datasets.disable_progress_bars()
-    arrays: dict[str, Any] = {}
-    # The library's own copy of local files is needed only until they are decoded.
-    with tempfile.TemporaryDirectory(dir=folder) as library_cache:
-        train, test = _read_splits(settings, library_cache)
-        label = _column("label", settings.label, train, datasets.ClassLabel)
-        labels, arrays["num_classes"] = _encode_labels(train, test, label)
-        arrays["train_labels"] = labels[: len(train)]
-        arrays["test_labels"] = labels[len(train) :]
-        if settings.natural_id is not None:
-            names = _values(train, _column("natural_id", settings.natural_id, train))
-            arrays["natural_ids"] = np.unique(names, return_inverse=True)[1]
-        image = _column("image", settings.image, train, datasets.Image)
-        size, mode = _common_format(settings.image_size, image, train, test)
-        for name, split in (("train_images", train), ("test_images", test)):
-            _write_images(folder / f"{name}.npy", split, image, size, mode)
-    arrays["mean"], arrays["std"] = _mean_and_std(folder / "train_images.npy")
-    for name, values in arrays.items():
-        np.save(folder / f"{name}.npy", values)
-
-
-def _read_splits(
-    settings: _Settings, library_cache: str
-) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Read the training and the test split, with the images still encoded."""
-    if settings.source == "digits":
-        splits = {"train": _digits()}
-    else:
-        splits = _federated_splits(settings, library_cache)
-    if "test" not in splits:
-        splits = splits["train"].train_test_split(settings.test_fraction, seed=0)
-    return splits["train"], splits["test"]
-
-
-def _digits() -> datasets.Dataset:
-    """Bring scikit-learn's digits into the form of the hub's datasets."""
-    digits = load_digits()
-    pixels = (digits.images * (255 / 16)).round().astype(np.uint8)  # from 0..16
-    return datasets.Dataset.from_dict(
-        {"image": [Image.fromarray(p) for p in pixels], "label": digits.target},
-        datasets.Features(
-            image=datasets.Image(), label=datasets.ClassLabel(num_classes=10)
-        ),
-    )
-
-
-def _federated_splits(
-    settings: _Settings, library_cache: str
-) -> dict[str, datasets.Dataset]:
-    """Read the splits from the hub or from disk through Flower Datasets."""
-    where: dict[str, Any]
-    allowed = _FOLDERS[settings.source]
-    if settings.path is None:
-        where = {"dataset": settings.hub}
-        allowed += f"; {settings.hub} could not be loaded from the hub"
-    else:
-        where = {
-            "dataset": "imagefolder" if settings.source == "imagefolder" else "parquet",
-            "data_dir": str(settings.path),
-            "data_files": _patterns(settings.path, settings.source),
-            "cache_dir": library_cache,
-        }
-        if settings.source == "imagefolder":
-            where["drop_labels"] = False  # not even where there is but one class
-    federated = FederatedDataset(partitioners={}, shuffle=False, **where)
-    try:
-        splits = {"train": federated.load_split("train")}
-    except (OSError, ValueError, DatasetsError) as error:
-        raise ConfigError("dataset.path", settings.path or "null", allowed) from error
-    with suppress(ValueError):  # there is no such split
-        splits["test"] = federated.load_split("test")
-    return splits
-
-
-def _column(
-    key: str, given: str | None, split: datasets.Dataset, kind: type = object
-) -> str:
-    """Return the given column, or the only one of its kind."""
-    found = [name for name, f in split.features.items() if isinstance(f, kind)]
-    if given is None and len(found) == 1:
-        return found[0]
-    if given is not None and given in split.column_names:
-        return given
-    columns = ", ".join(split.column_names)
-    raise ConfigError(
-        f"dataset.{key}", given or "null", f"one of the columns {columns}"
-    )
-
-
-def _values(split: datasets.Dataset, column: str) -> NDArray[Any]:
-    return split.with_format("numpy")[column][:]
-
-
-def _encode_labels(
-    train: datasets.Dataset, test: datasets.Dataset, column: str
-) -> tuple[NDArray[np.int64], int]:
-    """Return the labels of both splits, one after the other, and how many there are."""
-    labels = np.concatenate([_values(train, column), _values(test, column)])
-    feature = train.features[column]
-    if not isinstance(feature, datasets.ClassLabel):  # bare numbers, or names
-        classes, labels = np.unique(labels, return_inverse=True)
-        return labels.astype(np.int64), len(classes)
-    labels = labels.astype(np.int64)
-    if labels.min() < 0:
-        raise ConfigError("dataset.label", column, "a column without unlabelled rows")
-    return labels, feature.num_classes
-
-
-def _open_images(split: datasets.Dataset, column: str) -> Iterator[Image.Image]:
-    """Open, but do not yet decode, one image after the other."""
-    mend = ConfigError("dataset.image", column, "a column of readable images")
-    try:
-        encoded = split.select_columns(column).cast_column(
-            column, datasets.Image(decode=False)
-        )
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise mend from error
-    for batch in encoded.iter(1000):
-        for item in batch[column]:
-            try:
-                image = Image.open(
-                    BytesIO(item["bytes"]) if item["bytes"] else item["path"]
-                )
-            except (TypeError, OSError) as error:
-                raise mend from error
-            with image:
-                yield image
-
-
-def _common_format(
-    image_size: int | None, column: str, *splits: datasets.Dataset
-) -> tuple[tuple[int, int], str]:
-    """Find the (width, height) and the mode, grey or colour, that all images get."""
-    sizes, modes = set(), set()
-    for split in splits:
-        for image in _open_images(split, column):
-            sizes.add(image.size)
-            modes.add(Image.getmodebase(image.mode))
-    mode = "L" if modes == {"L"} else "RGB"
-    if image_size is not None:
-        return (image_size, image_size), mode
-    if len(sizes) > 1:
-        some = ", ".join(f"{w}x{h}" for w, h in sorted(sizes)[:3])
-        raise ConfigError(
-            "dataset.image_size", "null", f"a number of pixels, as sizes differ: {some}"
-        )
-    return sizes.pop(), mode
-
-
-def _write_images(
-    file: Path,
-    split: datasets.Dataset,
-    column: str,
-    size: tuple[int, int],
-    mode: str,
-) -> None:
-    """Decode a split into a uint8 array of shape ``(N, C, H, W)`` on disk."""
-    width, height = size
-    shape = (len(split), len(mode), height, width)  # a mode has a letter per channel
-    array = open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
-    for row, image in enumerate(_open_images(split, column)):
-        if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image = image.convert(mode)
-        if image.size != size:
-            image = image.resize(size, Image.Resampling.BILINEAR)
-        array[row] = np.asarray(image).reshape(height, width, -1).transpose(2, 0, 1)
-    array.flush()
-
-
-def _mean_and_std(file: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Compute each channel's statistics, for pixels scaled to ``[0, 1]``."""
-    images = np.load(file, mmap_mode="r")
-    # Counting the 256 levels is exact and needs no float copy of the images.
-    counts = np.zeros((images.shape[1], 256), np.int64)
-    for start in range(0, len(images), 1000):
-        chunk = images[start : start + 1000]
-        for channel, count in enumerate(counts):
-            count += np.bincount(chunk[:, channel].ravel(), minlength=256)
-    levels = np.arange(256) / 255
-    share = counts / counts.sum(axis=1, keepdims=True)
-    mean = share @ levels
-    std = np.sqrt(np.maximum(share @ levels**2 - mean**2, 0))
-    std[np.count_nonzero(counts, axis=1) == 1] = 1  # a constant channel
-    return mean.astype(np.float32), std.astype(np.float32)
 
 
 # ------------------------------------------------------------------------ partitioning
@@ -497,82 +294,31 @@ def partition_indices(
 def _partition(
     data: ImageData, cfg: tuple[tuple[str, Any], ...], num_clients: int, seed: int
 ) -> tuple[NDArray[np.int64], ...]:
-    partitioner = _partitioner(data, dict(cfg), num_clients, seed)
-    # Partitioners see labels and row numbers only, so that no image is touched.
-    table = {"label": data.train_labels, "row": np.arange(len(data.train_labels))}
-    if data.natural_ids is not None:
-        table["natural_id"] = data.natural_ids
-    rows = datasets.Dataset.from_dict(table)
-    if isinstance(partitioner, IidPartitioner):  # which cuts without shuffling
-        rows = rows.shuffle(seed=seed)
-    partitioner.dataset = rows
-    # One of them warns about what is documented here, another shows a progress bar.
-    with warnings.catch_warnings(), redirect_stderr(StringIO()):
-        warnings.simplefilter("ignore")
-        try:
-            partitions = [
-                np.sort(_values(partitioner.load_partition(client), "row"))
-                for client in range(num_clients)
-            ]
-        except ValueError as error:
-            raise ConfigError(
-                "num_clients", num_clients, f"smaller for this partition: {error}"
-            ) from error
-    _fill_empty(partitions)
-    for partition in partitions:
-        partition.flags.writeable = False
-    return tuple(partitions)
+    # One array of all rows and one of the bounds between clients, cached like the data.
+    file = None
+    if data.folder is not None:
+        text = repr((sorted(cfg), num_clients, seed))
+        name = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        file = data.folder / f"partition-{name}.npz"
+        with suppress(OSError, ValueError, EOFError, KeyError, BadZipFile):
+            with np.load(file) as saved:
+                return _cut(saved["rows"], saved["bounds"])
+    partitioning = importlib.import_module("gwpf_baseline.partitioning")
+    parts = partitioning.divide(data, dict(cfg), num_clients, seed)
+    rows = np.concatenate(parts)
+    bounds = np.cumsum([len(part) for part in parts])[:-1]
+    if file is not None:
+        fresh = file.with_suffix(f".{os.getpid()}.npz")
+        np.savez(fresh, rows=rows, bounds=bounds)
+        os.replace(fresh, file)
+    return _cut(rows, bounds)
 
 
-def _partitioner(
-    data: ImageData, cfg: dict[str, Any], num_clients: int, seed: int
-) -> Partitioner:
-    """Check the configuration and choose Flower's partitioner for it."""
-    rows = len(data.train_labels)
-    if not (isinstance(num_clients, int) and 1 <= num_clients <= rows):
-        allowed = f"a whole number from 1 to {rows}, the number of training examples"
-        raise ConfigError("num_clients", num_clients, allowed)
-    match cfg["name"]:
-        case "iid":
-            return IidPartitioner(num_clients)
-        case "dirichlet":
-            alpha = cfg["alpha"]
-            if not (isinstance(alpha, int | float) and 0 < alpha < math.inf):
-                raise ConfigError("partition.alpha", alpha, "a number > 0")
-            # Empty clients are mended afterwards: redrawing until there are none, the
-            # partitioner's way, hardly ever ends for a small alpha.
-            return DirichletPartitioner(
-                num_clients, "label", alpha, 0, shuffle=False, seed=seed
-            )
-        case "pathological":
-            count = cfg["classes_per_client"]
-            classes = len(np.unique(data.train_labels))
-            if not (isinstance(count, int) and 1 <= count <= classes):
-                allowed = f"a whole number from 1 to {classes}, the number of classes"
-                raise ConfigError("partition.classes_per_client", count, allowed)
-            return PathologicalPartitioner(
-                num_clients, "label", count, "first-deterministic", False, seed
-            )
-        case "natural_id":
-            if data.natural_ids is None:
-                allowed = "another, or the dataset femnist or with natural_id set"
-                raise ConfigError("partition", "natural_id", allowed)
-            ids = len(np.unique(data.natural_ids))
-            if num_clients > ids:
-                allowed = f"at most {ids}, the number of natural ids"
-                raise ConfigError("num_clients", num_clients, allowed)
-            return NaturalIdPartitioner("natural_id")
-        case name:
-            raise ConfigError("partition", name, f"one of {', '.join(PARTITIONS)}")
-
-
-def _fill_empty(partitions: list[NDArray[np.int64]]) -> None:
-    """Give every client without data one row of whoever has most at that moment."""
-    for client, partition in enumerate(partitions):
-        if len(partition) == 0:
-            donor = max(range(len(partitions)), key=lambda i: len(partitions[i]))
-            partitions[client] = partitions[donor][:1]
-            partitions[donor] = partitions[donor][1:]
+def _cut(
+    rows: NDArray[np.int64], bounds: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], ...]:
+    rows.flags.writeable = False
+    return tuple(np.split(rows, bounds))
 
 
 # --------------------------------------------------------------------- feeding a model

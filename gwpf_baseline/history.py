@@ -1,4 +1,4 @@
-"""What a run leaves behind: a record a round, its files and plots, and its display."""
+"""What a run leaves behind: a record a round, its files, and its display."""
 
 import csv
 import json
@@ -9,9 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import (
@@ -247,7 +244,11 @@ class History:
             ``traffic_ratio`` (total bytes ÷ dense bytes) if nothing was sent.
         """
         last = self.records[-1] if self.records else _BEFORE_THE_FIRST
-        _, accuracies = _measured(self.records, "test_accuracy")
+        accuracies = [
+            record.test_accuracy
+            for record in self.records
+            if record.test_accuracy is not None
+        ]
         total = last.cumulative_uplink_bytes + last.cumulative_downlink_bytes
         return {
             "method": method,
@@ -283,12 +284,6 @@ class History:
         (self.folder / "summary.json").write_text(text + "\n", encoding="utf-8")
         return summary
 
-    def plot(self) -> None:
-        """Draw ``accuracy.png``, ``traffic.png`` and ``frozen.png``."""
-        self._plot_accuracy()
-        self._plot_traffic()
-        self._plot_frozen()
-
     def close(self) -> None:
         """Close the TensorBoard file."""
         if self._events:
@@ -309,71 +304,6 @@ class History:
         with open(path, mode, newline="", encoding="utf-8") as file:
             # csv writes a float by its repr, and None as an empty cell.
             csv.writer(file, lineterminator="\n").writerow(row)
-
-    def _plot_accuracy(self) -> None:
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
-        by_round, by_bytes = figure.subplots(1, 2, sharey=True)
-        measured, accuracies = _measured(self.records, "test_accuracy")
-        _draw(by_round, [record.round for record in measured], accuracies)
-        traffic = [
-            record.cumulative_uplink_bytes + record.cumulative_downlink_bytes
-            for record in measured
-        ]
-        _draw(by_bytes, traffic, accuracies)
-        _label_rounds(by_round)
-        by_round.set_ylabel("test accuracy")
-        by_bytes.set_xlim(left=0)
-        by_bytes.set_xlabel("bytes sent so far, both ways")
-        by_bytes.xaxis.set_major_formatter(EngFormatter("B"))
-        if not accuracies:
-            _say(figure, "No round was evaluated.")
-        figure.savefig(self.folder / "accuracy.png", dpi=150)
-
-    def _plot_traffic(self) -> None:
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.add_subplot()
-        # Nothing has been sent before round 1, and a logarithm has no place for that.
-        sent = [record for record in self.records if record.dense_bytes]
-        rounds = [record.round for record in sent]
-        for column, label, style in (
-            ("dense_bytes", "FedAvg would have sent, both ways", "k:"),
-            ("cumulative_downlink_bytes", "sent to clients", "C1"),
-            # Dashed, so that the line below shows through where both are equal.
-            ("cumulative_uplink_bytes", "sent by clients", "C0--"),
-        ):
-            _draw(axes, rounds, [getattr(r, column) for r in sent], style, label)
-        _label_rounds(axes)
-        axes.set_ylabel("bytes so far")
-        if sent:
-            axes.set_yscale("log")
-            # Whole decades: only these are labelled, and a short run may span none.
-            low, high = (math.log10(limit) for limit in axes.get_ylim())
-            axes.set_ylim(10 ** math.floor(low), 10 ** math.ceil(high))
-            axes.yaxis.set_major_formatter(EngFormatter("B"))
-            axes.yaxis.set_minor_formatter(NullFormatter())
-            axes.legend()
-        else:
-            _say(figure, "Nothing was sent.")
-        figure.savefig(self.folder / "traffic.png", dpi=150)
-
-    def _plot_frozen(self) -> None:
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.add_subplot()
-        for column, label, style in (
-            ("frozen_fraction", "frozen", "C0"),
-            ("sent_fraction", "sent by a client", "C1"),
-        ):
-            measured, shares = _measured(self.records, column)
-            if shares:
-                _draw(axes, [r.round for r in measured], shares, style, label)
-        _label_rounds(axes)
-        axes.set_ylabel("share of the parameters")
-        axes.set_ylim(-0.02, 1.02)
-        if axes.lines:
-            axes.legend()
-        else:
-            _say(figure, "This method reports no frozen and no sent share.")
-        figure.savefig(self.folder / "frozen.png", dpi=150)
 
 
 class Display:
@@ -505,38 +435,3 @@ def _accuracy(value: float | None) -> str:
 
 def _duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
-
-
-def _measured(
-    records: Iterable[RoundRecord], column: str
-) -> tuple[list[RoundRecord], list[float]]:
-    """Pick the records that have a value in the column, and these values."""
-    picked = [record for record in records if getattr(record, column) is not None]
-    return picked, [getattr(record, column) for record in picked]
-
-
-def _draw(
-    axes: Axes,
-    x: Sequence[float],
-    y: Sequence[float],
-    style: str = "C0",
-    label: str | None = None,
-) -> None:
-    """Draw a line; few points are marked, since a single one would not show."""
-    marker = "o" if len(x) <= 30 else ""
-    axes.plot(x, y, style, label=label, marker=marker, markersize=3, linewidth=1.5)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _label_rounds(axes: Axes) -> None:
-    axes.set_xlim(left=0)
-    axes.set_xlabel("round")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _say(figure: Figure, text: str) -> None:
-    """Put a sentence where the curves would be."""
-    for axes in figure.axes:
-        axes.set_axis_off()
-    figure.text(0.5, 0.5, text, ha="center", va="center")

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from flwr.common import Context
@@ -92,11 +92,14 @@ def _set_up_logging(console: Console, verbose: bool) -> None:
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
 def _job(cfg: DictConfig) -> None:
     console = Console()
-    cfg = checked(cfg)
-    if cfg.resume:
-        cfg = resumed(cfg, HydraConfig.get().overrides.task)
-    _set_up_logging(console, cfg.verbose)
-    run_experiment(cfg, Path(HydraConfig.get().runtime.output_dir), console)
+    try:
+        cfg = checked(cfg)
+        if cfg.resume:
+            cfg = resumed(cfg, HydraConfig.get().overrides.task)
+        _set_up_logging(console, cfg.verbose)
+        run_experiment(cfg, Path(HydraConfig.get().runtime.output_dir), console)
+    except ConfigError as error:
+        _exit(error)
 
 
 def main() -> None:
@@ -105,15 +108,13 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         _job()  # pylint: disable=no-value-for-parameter
-    except ConfigError as error:
-        sys.exit(_complain(error))
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(_complain(as_config_error(error)))
+        _exit(as_config_error(error, sys.argv[1:]))
 
 
-def _complain(error: ConfigError) -> int:
+def _exit(error: ConfigError) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
-    return 2
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """The model zoo: the small vision models of GWPF's experiments and common baselines."""
 
+import importlib
 import sys
 from collections.abc import Callable, Container
 
 import torch
 from torch import nn
-from torchvision.models import ResNet, resnet18, resnet50
 
 from gwpf_baseline.utils import ConfigError, derive_seed
 
@@ -85,11 +85,13 @@ def _vgg11(input_shape: Shape, num_classes: int) -> nn.Module:
     )
 
 
-def _for_small_images(resnet: Callable[..., ResNet]) -> Callable[..., nn.Module]:
-    """Turn an ImageNet ResNet into its CIFAR variant, which keeps the resolution."""
+def _resnet(name: str) -> Callable[[Shape, int], nn.Module]:
+    """Turn one of torchvision's ResNets into its CIFAR variant: resolution is kept."""
 
     def build(input_shape: Shape, num_classes: int) -> nn.Module:
-        model = resnet(num_classes=num_classes)
+        # Takes seconds to import, which the other models need not wait for.
+        zoo = importlib.import_module("torchvision.models")
+        model: nn.Module = getattr(zoo, name)(num_classes=num_classes)
         model.conv1 = nn.Conv2d(input_shape[0], 64, 3, padding=1, bias=False)
         # As torchvision initialises every other convolution of the model.
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -102,8 +104,8 @@ def _for_small_images(resnet: Callable[..., ResNet]) -> Callable[..., nn.Module]
 MODELS: dict[str, Callable[[Shape, int], nn.Module]] = {
     "lenet5": _lenet5,
     "mnist_cnn": _mnist_cnn,
-    "resnet18": _for_small_images(resnet18),
-    "resnet50": _for_small_images(resnet50),
+    "resnet18": _resnet("resnet18"),
+    "resnet50": _resnet("resnet50"),
     "vgg11": _vgg11,
 }
 

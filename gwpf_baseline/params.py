@@ -18,7 +18,7 @@ class FlatModel:
     ----------
     model : torch.nn.Module
         The model; it is moved to `device` and its parameters become views.
-    device : torch.device, default CPU
+    device : torch.device or str, default CPU
         Where to compute.
 
     Attributes
@@ -30,9 +30,7 @@ class FlatModel:
         ``grad`` is the flat gradient.
     """
 
-    def __init__(
-        self, model: nn.Module, device: torch.device = torch.device("cpu")
-    ) -> None:
+    def __init__(self, model: nn.Module, device: torch.device | str = "cpu") -> None:
         self.module = model.to(device)
         parameters = [p for p in model.parameters() if p.requires_grad]
         with torch.no_grad():

@@ -1,5 +1,6 @@
 """The Flower ServerApp: builds the strategy, runs the rounds, writes the records."""
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from gwpf_baseline.checkpoint import CheckpointFolder
 from gwpf_baseline.config import Workbench, from_run_config, workbench
 from gwpf_baseline.history import Display, History, RoundRecord, closing_table
 from gwpf_baseline.params import FlatModel, to_ndarrays
+from gwpf_baseline.plots import plot_history
 from gwpf_baseline.strategy import SyncStrategy
 from gwpf_baseline.training import evaluate
 from gwpf_baseline.utils import ConfigError, pick_device, run_folder
@@ -40,7 +42,8 @@ class Evaluator:
         self.last = cfg.num_rounds
         self.data = bench.data
         device = pick_device(cfg.client_resources.num_gpus)
-        self.model = FlatModel(bench.model, device)
+        # A copy: the next run of this process starts from the initial weights too.
+        self.model = FlatModel(copy.deepcopy(bench.model), device)
 
     def __call__(
         self, server_round: int, weights: torch.Tensor, buffers: torch.Tensor
@@ -117,7 +120,7 @@ def run_server(
         seed=cfg.seed,
         parameters=strategy.dimension,
     )
-    history.plot()
+    plot_history(history.records, folder)
     history.close()
     save_model(strategy, folder / "model.safetensors")
     console.print(closing_table(summary))

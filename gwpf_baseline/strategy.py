@@ -54,9 +54,7 @@ Failures = Sequence[tuple[ClientProxy, FitRes] | BaseException]
 Upload = TypeVar("Upload")
 
 # (round, flat weights, flat buffers) -> (test loss, test accuracy), None to skip
-EvaluateFn = Callable[
-    [int, torch.Tensor, torch.Tensor], tuple[float, float] | None
-]
+EvaluateFn = Callable[[int, torch.Tensor, torch.Tensor], tuple[float, float] | None]
 
 
 @dataclass
@@ -186,6 +184,8 @@ class SyncStrategy(Strategy, Generic[Upload]):
         self._proxies: dict[int, ClientProxy] = {}
         self._ids: dict[str, int] = {}
         self._started = time.monotonic()
+        self._mask: BoolVector | None = None
+        self._asked: set[int] = set()
         self._reset_round()
         self._checksum = initial_checksum(self.weights.numpy())
         self._dense_bytes = _size(self._dense_message())
@@ -289,13 +289,13 @@ class SyncStrategy(Strategy, Generic[Upload]):
         self._identify(client_manager)
         available = sorted(self._proxies)
         if not available:
-            log.warning("round %d: no client is available", self._absolute(server_round))
+            log.warning("round %d: no client", self._absolute(server_round))
             return []
         count = max(1, round(self.fraction_fit * len(available)))
         seed = derive_seed(self.seed, "sample", self._absolute(server_round))
         chosen = np.random.default_rng(seed).choice(available, count, replace=False)
         self._counts.asked = count
-        return self._open_exchange([int(c) for c in sorted(chosen)], server_round, False)
+        return self._open_exchange(sorted(chosen.tolist()), server_round, False)
 
     def aggregate_fit(
         self, server_round: int, results: Results, failures: Failures
@@ -530,8 +530,8 @@ class SyncStrategy(Strategy, Generic[Upload]):
     def _reset_round(self) -> None:
         self._counts = RoundCounts()
         self.follow_up = False
-        self._mask: BoolVector | None = None
-        self._asked: set[int] = set()
+        self._mask = None
+        self._asked = set()
         self._losses: list[float] = []
         self._buffer_sum = torch.zeros_like(self.buffers)
 

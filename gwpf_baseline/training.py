@@ -1,4 +1,4 @@
-"""The local loop: a data cursor that goes on across rounds, one vectorised optimiser."""
+"""The local loop: a data cursor that goes on across rounds, a flat optimiser."""
 
 import math
 import sys

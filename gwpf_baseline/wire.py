@@ -28,7 +28,7 @@ _BITMAP = struct.Struct("<III")
 # What numpy.save writes for a one-dimensional float32 or uint8 array; nothing else
 # is accepted, so no general parser ever sees a client's bytes.
 _NPY = re.compile(
-    rb"\x93NUMPY\x01\x00[\x00-\xff]{2}"
+    rb"\x93NUMPY\x01\x00([\x00-\xff]{2})"
     rb"\{'descr': '(<f4|\|u1)', 'fortran_order': False, 'shape': \((\d{1,12}),\), \}"
     rb" *\n"
 )
@@ -126,7 +126,9 @@ class Header:
             Another format, version, method or length.
         """
         if len(frame) < _HEADER.size:
-            raise WireError(f"the frame has {len(frame)} bytes, a header {_HEADER.size}")
+            raise WireError(
+                f"a frame of {len(frame)} bytes, a header has {_HEADER.size}"
+            )
         (
             magic,
             version,
@@ -149,7 +151,7 @@ class Header:
         if kind not in set(Kind):
             raise WireError(f"unknown kind of payload: {kind}")
         if d != length:
-            raise WireError(f"the payload is for {d} parameters, the model has {length}")
+            raise WireError(f"a payload for {d} parameters, the model has {length}")
         return cls(
             method, Kind(kind), exchange, base, d, accepted, bool(follow_up), checksum
         )
@@ -328,7 +330,7 @@ def decode_bitmap(frame: bytes, offset: int, length: int) -> tuple[BoolVector, i
     size, ones, nbytes = _BITMAP.unpack_from(frame, offset)
     offset += _BITMAP.size
     if size != length or ones > size:
-        raise WireError(f"a bitmap of {size} bits, {ones} set, where {length} bits belong")
+        raise WireError(f"a bitmap of {size} bits, {ones} set, not of {length} bits")
     if nbytes > len(frame) - offset:
         raise WireError("a bitmap's code is cut short")
     if (nbytes == 0) != (ones in (0, size)) or nbytes % 4:
@@ -381,12 +383,12 @@ def parse_tensors(tensors: Sequence[bytes]) -> list[np.ndarray]:
     arrays = []
     for number, tensor in enumerate(tensors):
         match = _NPY.match(tensor[:_NPY_MAX_HEADER])
-        if match is None:
-            raise WireError(f"tensor {number} is no one-dimensional float32 or uint8 array")
-        dtype = np.dtype("<f4" if match[1] == b"<f4" else np.uint8)
-        if len(tensor) - match.end() != int(match[2]) * dtype.itemsize:
+        if match is None or match.end() != 10 + int.from_bytes(match[1], "little"):
+            raise WireError(f"tensor {number} is no flat float32 or uint8 array")
+        dtype = np.dtype("<f4" if match[2] == b"<f4" else np.uint8)
+        if len(tensor) - match.end() != int(match[3]) * dtype.itemsize:
             raise WireError(
-                f"tensor {number} announces {int(match[2])} values of {dtype} "
+                f"tensor {number} announces {int(match[3])} values of {dtype} "
                 f"but {len(tensor) - match.end()} bytes follow"
             )
         arrays.append(np.frombuffer(tensor, dtype, offset=match.end()))
@@ -423,5 +425,5 @@ def as_tensor(values: np.ndarray) -> torch.Tensor:
         A tensor that must only be read: it may alias immutable bytes.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        warnings.filterwarnings("ignore", message="The given NumPy array is not w")
         return torch.from_numpy(values)

@@ -26,6 +26,7 @@ from gwpf_baseline.history import (
     from_rows,
     read_history,
 )
+from gwpf_baseline.plots import plot_history
 
 HEADER = (
     "round,seconds,test_accuracy,test_loss,train_loss,uplink_bytes,downlink_bytes,"
@@ -330,7 +331,7 @@ def test_plots_of_every_kind_of_run(tmp_path: Path, records: list[RoundRecord]) 
     """Each has something to see, a curve or a sentence, and draws without warnings."""
     history = History(tmp_path)
     history.restore(records)
-    history.plot()
+    plot_history(history.records, history.folder)
     history.close()
     for name in ("accuracy.png", "traffic.png", "frozen.png"):
         assert 0.001 < ink(tmp_path / name) < 0.2
@@ -342,7 +343,7 @@ def test_a_plot_says_what_is_missing(tmp_path: Path) -> None:
     for folder, changes in (("full", {}), ("lacking", missing)):
         history = History(tmp_path / folder)
         history.add(make_record(1, **changes))
-        history.plot()
+        plot_history(history.records, history.folder)
         history.close()
     for name in ("accuracy.png", "frozen.png"):
         assert ink(tmp_path / "lacking" / name) < ink(tmp_path / "full" / name) / 1.5

@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -17,15 +18,15 @@ class Method(NamedTuple):
     ----------
     config : type
         The frozen dataclass of hyper-parameters; it checks its own values.
-    strategy : type
+    strategy : callable
         The server's half; takes a `config` beside :class:`SyncStrategy`'s arguments.
-    client : type
+    client : callable
         The client's half; takes a `config` beside :class:`SyncClient`'s arguments.
     """
 
     config: type
-    strategy: type[SyncStrategy]
-    client: type[SyncClient]
+    strategy: Callable[..., SyncStrategy]
+    client: Callable[..., SyncClient]
 
 
 def load_method(options: dict[str, Any]) -> tuple[Method, Any]:

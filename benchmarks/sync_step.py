@@ -1,0 +1,239 @@
+"""The synchronisation step of each method against one dense mean of the same floats.
+
+Times are medians over interleaved repeats; memory is what a step needs beyond its
+inputs and the method's lasting state, in vectors of d floats.
+"""
+
+import argparse
+import ctypes
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _common import parser, show
+from flwr.common import Context, RecordDict
+from torch import nn
+
+from gwpf_baseline.client import ClientState, SyncClient, Task
+from gwpf_baseline.config import compose_config, training_config
+from gwpf_baseline.methods import Method, load_method
+from gwpf_baseline.methods.fedavg import FedAvgStrategy
+from gwpf_baseline.methods.gwpf import GWPFStrategy, GWPFUpload
+from gwpf_baseline.params import FlatModel
+from gwpf_baseline.strategy import SyncStrategy
+from gwpf_baseline.wire import (
+    BoolVector,
+    Header,
+    Kind,
+    Writer,
+    decode_bitmap,
+    encode_bitmap,
+)
+
+# The share of active coordinates, and of frozen ones that a client votes for: what
+# `gwpf` is set to; what the paper's rule comes to, by chance alone, after 5 steps.
+ACTIVE = {"gwpf": 0.02, "gwpf_paper": 0.6, "fedavg": 1.0}
+VOTES = {"gwpf": 0.02, "gwpf_paper": 0.33}
+
+Step = Callable[[], object]
+
+
+class Vector(nn.Module):
+    """A model that is nothing but d parameters."""
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(dimension))
+
+
+class Uncoded(Writer):
+    """A payload whose bitmaps are dropped: their coding has rows of its own."""
+
+    def bitmap(self, bits: BoolVector) -> None:
+        """Do nothing."""
+
+
+def main() -> None:
+    """Measure every step and print the table."""
+    options = parser(
+        __doc__, dimension=11_200_000, clients=10, repeats=9, seed=0
+    ).parse_args()
+    torch.manual_seed(options.seed)
+    deltas = [torch.randn(options.dimension) for _ in range(options.clients)]
+    steps: dict[str, Step] = {
+        "dense mean": lambda: dense_mean(deltas),
+        # Twice the clients: the memory must not grow.
+        "dense mean, 2n clients": lambda: dense_mean([*deltas, *deltas]),
+    }
+    for name in ACTIVE:
+        steps |= method_steps(name, deltas, options)
+    times = interleaved(steps, options.repeats)
+    peaks = {name: peak(step) / options.dimension / 4 for name, step in steps.items()}
+    rows = []
+    for name, seconds in times.items():
+        reference = times["dense mean"]
+        ratio = statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
+        goal = "2" if "server" in name and "2n" not in name else ""
+        milliseconds = 1000 * statistics.median(seconds)
+        rows.append((name, milliseconds, peaks[name], ratio, goal))
+    columns = ("step", "ms", "memory / d", "time / dense mean", "goal <=")
+    options.threads = torch.get_num_threads()
+    show("One synchronisation", columns, rows, options)
+
+
+def dense_mean(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Average vectors as they come in: one accumulator, one pass for each vector."""
+    total = torch.zeros(deltas[0].numel())
+    for delta in deltas:
+        total.add_(delta)
+    return total.div_(len(deltas))
+
+
+def method_steps(
+    name: str, deltas: list[torch.Tensor], options: argparse.Namespace
+) -> dict[str, Step]:
+    """Return a method's steps: the server's, one client's, and a bitmap's coding."""
+    cfg = compose_config([f"method={name}"])
+    method, config = load_method(dict(cfg.method))
+    model = Vector(options.dimension)
+    strategy = method.strategy(model, config=config, num_clients=options.clients)
+    rng = np.random.default_rng(options.seed)
+    mask = rng.random(options.dimension, dtype=np.float32) < ACTIVE[name]
+    frozen = options.dimension - np.count_nonzero(mask)
+    if isinstance(strategy, GWPFStrategy):
+        share = VOTES[name]
+        votes = [rng.random(frozen, dtype=np.float32) < share for _ in deltas]
+        server = gwpf_server(strategy, torch.from_numpy(mask), deltas, votes)
+    else:
+        assert isinstance(strategy, FedAvgStrategy)
+        server = fedavg_server(strategy, deltas)
+    cohort = range(options.clients)
+    steps: dict[str, Step] = {
+        f"{name}: server": lambda: server(cohort),
+        f"{name}: server, 2n clients": lambda: server([*cohort, *cohort]),
+        f"{name}: client": client_step(method, config, model, mask, deltas[0]),
+    }
+    if isinstance(strategy, GWPFStrategy):
+        code = encode_bitmap(votes[0])
+        steps[f"{name}: encode votes"] = lambda: encode_bitmap(votes[0])
+        steps[f"{name}: decode votes"] = lambda: decode_bitmap(code, 0, frozen)
+    return steps
+
+
+def gwpf_server(
+    strategy: GWPFStrategy,
+    mask: torch.Tensor,
+    deltas: list[torch.Tensor],
+    votes: list[BoolVector],
+) -> Callable[[Sequence[int]], None]:
+    """Return a round of GWPF's server, with the follow-up if the method wants one."""
+    values = [delta.numpy() for delta in deltas]
+
+    def step(cohort: Sequence[int]) -> None:
+        strategy.mask = mask
+        exchange(False, cohort)
+        if strategy.wants_follow_up():
+            exchange(True, cohort)
+
+    def exchange(follow_up: bool, cohort: Sequence[int]) -> None:
+        strategy.follow_up = follow_up
+        strategy.begin_exchange()
+        count = strategy.value_sum.numel()
+        for client in cohort:
+            ballot = None if follow_up else votes[client]
+            strategy.add_upload(GWPFUpload(ballot, values[client][:count]), 1.0)
+        strategy.finish_exchange(len(cohort))
+
+    return step
+
+
+def fedavg_server(
+    strategy: FedAvgStrategy, deltas: list[torch.Tensor]
+) -> Callable[[Sequence[int]], None]:
+    """Return a round of FedAvg's server."""
+    values = [delta.numpy() for delta in deltas]
+
+    def step(cohort: Sequence[int]) -> None:
+        strategy.begin_exchange()
+        for client in cohort:
+            strategy.add_upload(values[client], 1.0)
+        strategy.finish_exchange(len(cohort))
+
+    return step
+
+
+def client_step(
+    method: Method, config: Any, model: nn.Module, mask: BoolVector, delta: torch.Tensor
+) -> Step:
+    """Return a client's part: all that it does beside training and coding."""
+    training = training_config(compose_config())
+    start = torch.zeros_like(delta)
+
+    class Trained(method.client):  # type: ignore[name-defined, misc]
+        """A client whose training is done: only the method's hook is called."""
+
+        def train(
+            self,
+            start: torch.Tensor,
+            task: Task,
+            state: ClientState,
+            on_step: Callable[[torch.Tensor], None] | None = None,
+        ) -> tuple[torch.Tensor, float]:
+            """Return the prepared delta."""
+            if on_step is not None:
+                for _ in range(training.local_steps):
+                    on_step(delta)
+            return delta, 0.0
+
+    context = Context(0, 0, {}, RecordDict(), {})
+    client: SyncClient = Trained(
+        context, FlatModel(model), start, [], training, config=config
+    )
+    header = Header(client.name, Kind.MODEL, 1, 0, delta.numel())
+    task = Task(header, start, torch.zeros(0), mask)
+    state = ClientState()
+    return lambda: client.upload(task, state, Uncoded(header))
+
+
+def interleaved(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
+    """Time all steps in turn, again and again, after one round to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats + 1):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if repeat:
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
+def peak(step: Step) -> float:
+    """Return the bytes by which the process grows during a step, as Linux counts them.
+
+    The resident set is the one account that has NumPy's, PyTorch's and the coder's
+    memory in it. NaN on other systems.
+    """
+    if sys.platform != "linux":
+        return float("nan")
+    gc.collect()
+    # Freed memory that the allocator keeps would hide what the step takes.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = _resident("VmRSS")
+    step()
+    return _resident("VmHWM") - before
+
+
+def _resident(key: str) -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(status.split(f"{key}:")[1].split()[0])
+
+
+if __name__ == "__main__":
+    main()

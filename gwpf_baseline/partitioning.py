@@ -1,0 +1,109 @@
+"""Divide a training set among clients with Flower's partitioners, which happens once.
+
+Like decoding, this needs libraries that take seconds to import; a process that finds
+the division in the cache never loads this module.
+"""
+
+import math
+import warnings
+from contextlib import redirect_stderr
+from io import StringIO
+from typing import Any
+
+import datasets
+import numpy as np
+from flwr_datasets.partitioner import (
+    DirichletPartitioner,
+    IidPartitioner,
+    NaturalIdPartitioner,
+    Partitioner,
+    PathologicalPartitioner,
+)
+from numpy.typing import NDArray
+
+from gwpf_baseline.dataset import PARTITIONS, ImageData
+from gwpf_baseline.utils import ConfigError
+
+
+def divide(
+    data: ImageData, cfg: dict[str, Any], num_clients: int, seed: int
+) -> list[NDArray[np.int64]]:
+    """Divide the training set; `dataset.partition_indices` says how."""
+    partitioner = _partitioner(data, cfg, num_clients, seed)
+    # Partitioners see labels and row numbers only, so that no image is touched.
+    table = {"label": data.train_labels, "row": np.arange(len(data.train_labels))}
+    if data.natural_ids is not None:
+        table["natural_id"] = data.natural_ids
+    rows = datasets.Dataset.from_dict(table)
+    if isinstance(partitioner, IidPartitioner):  # which cuts without shuffling
+        rows = rows.shuffle(seed=seed)
+    partitioner.dataset = rows
+    # One of them warns about what is documented here, another shows a progress bar.
+    with warnings.catch_warnings(), redirect_stderr(StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            partitions = [
+                np.sort(_rows(partitioner.load_partition(client)))
+                for client in range(num_clients)
+            ]
+        except ValueError as error:
+            raise ConfigError(
+                "num_clients", num_clients, f"smaller for this partition: {error}"
+            ) from error
+    _fill_empty(partitions)
+    return partitions
+
+
+def _rows(partition: datasets.Dataset) -> NDArray[np.int64]:
+    return partition.with_format("numpy")["row"][:]
+
+
+def _partitioner(
+    data: ImageData, cfg: dict[str, Any], num_clients: int, seed: int
+) -> Partitioner:
+    """Check the configuration and choose Flower's partitioner for it."""
+    rows = len(data.train_labels)
+    if not (isinstance(num_clients, int) and 1 <= num_clients <= rows):
+        allowed = f"a whole number from 1 to {rows}, the number of training examples"
+        raise ConfigError("num_clients", num_clients, allowed)
+    match cfg["name"]:
+        case "iid":
+            return IidPartitioner(num_clients)
+        case "dirichlet":
+            alpha = cfg["alpha"]
+            if not (isinstance(alpha, int | float) and 0 < alpha < math.inf):
+                raise ConfigError("partition.alpha", alpha, "a number > 0")
+            # Empty clients are mended afterwards: redrawing until there are none, the
+            # partitioner's way, hardly ever ends for a small alpha.
+            return DirichletPartitioner(
+                num_clients, "label", alpha, 0, shuffle=False, seed=seed
+            )
+        case "pathological":
+            count = cfg["classes_per_client"]
+            classes = len(np.unique(data.train_labels))
+            if not (isinstance(count, int) and 1 <= count <= classes):
+                allowed = f"a whole number from 1 to {classes}, the number of classes"
+                raise ConfigError("partition.classes_per_client", count, allowed)
+            return PathologicalPartitioner(
+                num_clients, "label", count, "first-deterministic", False, seed
+            )
+        case "natural_id":
+            if data.natural_ids is None:
+                allowed = "another, or the dataset femnist or with natural_id set"
+                raise ConfigError("partition", "natural_id", allowed)
+            ids = len(np.unique(data.natural_ids))
+            if num_clients > ids:
+                allowed = f"at most {ids}, the number of natural ids"
+                raise ConfigError("num_clients", num_clients, allowed)
+            return NaturalIdPartitioner("natural_id")
+        case name:
+            raise ConfigError("partition", name, f"one of {', '.join(PARTITIONS)}")
+
+
+def _fill_empty(partitions: list[NDArray[np.int64]]) -> None:
+    """Give every client without data one row of whoever has most at that moment."""
+    for client, partition in enumerate(partitions):
+        if len(partition) == 0:
+            donor = max(range(len(partitions)), key=lambda i: len(partitions[i]))
+            partitions[client] = partitions[donor][:1]
+            partitions[donor] = partitions[donor][1:]
