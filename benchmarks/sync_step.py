@@ -1,6 +1,6 @@
 """The synchronisation step of each method against one dense mean of the same floats.
 
-Times are medians over interleaved repeats; memory is what a step needs beyond its
+Times are medians, with the reference timed in turn; memory is what a step needs beyond its
 inputs and the method's lasting state, in vectors of d floats.
 """
 
@@ -66,22 +66,19 @@ def main() -> None:
     ).parse_args()
     torch.manual_seed(options.seed)
     deltas = [torch.randn(options.dimension) for _ in range(options.clients)]
+    # Twice the clients: the time doubles, the memory must not grow.
     steps: dict[str, Step] = {
         "dense mean": lambda: dense_mean(deltas),
-        # Twice the clients: the memory must not grow.
         "dense mean, 2n clients": lambda: dense_mean([*deltas, *deltas]),
     }
     for name in ACTIVE:
         steps |= method_steps(name, deltas, options)
-    times = interleaved(steps, options.repeats)
-    peaks = {name: peak(step) / options.dimension / 4 for name, step in steps.items()}
     rows = []
-    for name, seconds in times.items():
-        reference = times["dense mean"]
-        ratio = statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
-        goal = "2" if "server" in name and "2n" not in name else ""
-        milliseconds = 1000 * statistics.median(seconds)
-        rows.append((name, milliseconds, peaks[name], ratio, goal))
+    for name, step in steps.items():
+        milliseconds, ratio = measure(step, steps["dense mean"], options.repeats)
+        memory = peak(step) / (4 * options.dimension)
+        goal = "2" if ": server" in name and "2n" not in name else ""
+        rows.append((name, milliseconds, memory, ratio, goal))
     columns = ("step", "ms", "memory / d", "time / dense mean", "goal <=")
     options.threads = torch.get_num_threads()
     show("One synchronisation", columns, rows, options)
@@ -109,7 +106,8 @@ def method_steps(
     if isinstance(strategy, GWPFStrategy):
         share = VOTES[name]
         votes = [rng.random(frozen, dtype=np.float32) < share for _ in deltas]
-        server = gwpf_server(strategy, torch.from_numpy(mask), deltas, votes)
+        inputs = strategy, torch.from_numpy(mask), deltas, votes
+        server = gwpf_server(*inputs)
     else:
         assert isinstance(strategy, FedAvgStrategy)
         server = fedavg_server(strategy, deltas)
@@ -120,6 +118,9 @@ def method_steps(
         f"{name}: client": client_step(method, config, model, mask, deltas[0]),
     }
     if isinstance(strategy, GWPFStrategy):
+        if strategy.config.thaw_exchange == "same_round":
+            again = gwpf_server(*inputs, follow_up=True)
+            steps[f"{name}: server, follow-up"] = lambda: again(cohort)
         code = encode_bitmap(votes[0])
         steps[f"{name}: encode votes"] = lambda: encode_bitmap(votes[0])
         steps[f"{name}: decode votes"] = lambda: decode_bitmap(code, 0, frozen)
@@ -131,17 +132,13 @@ def gwpf_server(
     mask: torch.Tensor,
     deltas: list[torch.Tensor],
     votes: list[BoolVector],
+    follow_up: bool = False,
 ) -> Callable[[Sequence[int]], None]:
-    """Return a round of GWPF's server, with the follow-up if the method wants one."""
+    """Return one exchange of GWPF's server; a follow-up asks for all that is frozen."""
     values = [delta.numpy() for delta in deltas]
 
     def step(cohort: Sequence[int]) -> None:
-        strategy.mask = mask
-        exchange(False, cohort)
-        if strategy.wants_follow_up():
-            exchange(True, cohort)
-
-    def exchange(follow_up: bool, cohort: Sequence[int]) -> None:
+        strategy.mask, strategy.thawed = mask, ~mask
         strategy.follow_up = follow_up
         strategy.begin_exchange()
         count = strategy.value_sum.numel()
@@ -201,16 +198,22 @@ def client_step(
     return lambda: client.upload(task, state, Uncoded(header))
 
 
-def interleaved(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
-    """Time all steps in turn, again and again, after one round to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 1):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if repeat:
-                times[name].append(time.perf_counter() - started)
-    return times
+def measure(step: Step, reference: Step, repeats: int) -> tuple[float, float]:
+    """Return a step's median milliseconds, and the median ratio to the reference's."""
+    step()
+    times, ratios = [], []
+    for _ in range(repeats):
+        before = seconds(reference)
+        times.append(seconds(step))
+        ratios.append(times[-1] / before)
+    return 1000 * statistics.median(times), statistics.median(ratios)
+
+
+def seconds(step: Step) -> float:
+    """Return the time that a step takes."""
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
 
 
 def peak(step: Step) -> float:

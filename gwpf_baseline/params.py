@@ -146,19 +146,21 @@ def to_ndarrays(
     list of numpy.ndarray
         One array an entry of ``model.state_dict()``, in its order.
     """
-    pieces: dict[str, np.ndarray] = {}
-    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    for named, vector in (
-        (trainable, weights.numpy()),
-        (list(model.named_buffers()), buffers.numpy()),
+    # By identity, so that a shared parameter has its value under each of its names.
+    pieces: dict[int, np.ndarray] = {}
+    for tensors, vector in (
+        ([p for p in model.parameters() if p.requires_grad], weights.numpy()),
+        (list(model.buffers()), buffers.numpy()),
     ):
         offset = 0
-        for name, tensor in named:
+        for tensor in tensors:
             end = offset + math.prod(tensor.shape)
             dtype = torch.empty(0, dtype=tensor.dtype).numpy().dtype
             piece = vector[offset:end].reshape(tuple(tensor.shape))
-            pieces[name] = piece.astype(dtype, copy=False)
+            pieces[id(tensor)] = piece.astype(dtype, copy=False)
             offset = end
-    for name, tensor in model.state_dict().items():
-        pieces.setdefault(name, tensor.cpu().numpy())
-    return [pieces[name] for name in model.state_dict()]
+    state = model.state_dict(keep_vars=True).values()
+    for tensor in state:
+        if id(tensor) not in pieces:
+            pieces[id(tensor)] = tensor.detach().cpu().numpy()
+    return [pieces[id(tensor)] for tensor in state]

@@ -266,7 +266,9 @@ class Reader:
                 f"expected {length} float32 values, got {values.dtype} {values.shape}"
             )
         # A sum in float64 is finite exactly if every float32 is: one pass, no mask.
-        if not np.isfinite(np.sum(values, dtype=np.float64)):
+        with np.errstate(invalid="ignore"):
+            total = np.sum(values, dtype=np.float64)
+        if not np.isfinite(total):
             raise WireError("a value is NaN or infinite")
         return values
 

@@ -10,6 +10,7 @@ when that matters again; the server then thaws it, and what has accumulated arri
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from gwpf_baseline.wire import BoolVector, FloatVector, Reader, Writer, as_tenso
 
 # The frozen share beyond which `tighten` makes freezing harder (released code).
 TIGHTEN_SHARE = 0.8
+# Coordinates that are worked on at a time: some vectors of them fit any L2 cache.
+_BLOCK = 2**15
 
 
 @dataclass(frozen=True)
@@ -244,10 +247,10 @@ def thaw_by_budget(counts: np.ndarray, budget: int, seed: int) -> BoolVector:
             low = level + 1
     thawed: BoolVector = counts >= low
     left = budget - int(np.count_nonzero(thawed))
-    tied = counts == low - 1
     if low > 1 and left > 0:
-        order = np.random.default_rng(seed).random(int(np.count_nonzero(tied)))
-        np.place(thawed, tied, order <= np.partition(order, left - 1)[left - 1])
+        tied = np.flatnonzero(counts == low - 1)
+        rng = np.random.default_rng(seed)
+        thawed[rng.choice(tied, left, replace=False, shuffle=False)] = True
     return thawed
 
 
@@ -333,31 +336,33 @@ class GWPFStrategy(SyncStrategy[GWPFUpload]):
 
     def finish_exchange(self, total_weight: float) -> torch.Tensor:
         """Apply the mean update, freeze what has settled, thaw what was voted for."""
-        asked = self.asked
-        # Zero where nothing was asked for: what follows is dense and in place, which is
-        # several times as fast as gathering what is active and scattering it again.
-        update = torch.zeros(self.dimension)
-        update.masked_scatter_(asked, self.value_sum.div_(total_weight))
-        self.weights.add_(update)
-        keep = self._unsettled(update)
+        asked = self.asked.numpy()
+        weights = self.weights.numpy()
+        update = self.value_sum.div_(total_weight).numpy()
+        keep = np.zeros_like(asked)
+        for index, part in _blocks(asked):
+            weights[index] += update[part]
+            if self.config.freeze_rule == "threshold":
+                keep[index] = ~self._frozen(index, update[part])
         if self.follow_up:
-            self.mask = self.mask | keep
+            self.mask = self.mask | torch.from_numpy(keep)
         else:
-            thawed = torch.zeros_like(asked)
-            np.place(thawed.numpy(), ~asked.numpy(), self._elected())
-            self.thawed = thawed
+            thawed, elected = np.zeros_like(asked), self._elected()
+            for index, part in _blocks(~asked):
+                thawed[index] = elected[part]
+            self.thawed = torch.from_numpy(thawed)
             same_round = self.config.thaw_exchange == "same_round"
-            self.mask = keep if same_round else keep | thawed
+            self.mask = torch.from_numpy(keep if same_round else keep | thawed)
         if self.config.tighten and not self.wants_follow_up():
             self._tighten()
-        return asked
+        return self.asked
 
     def wants_follow_up(self) -> bool:
         """Ask at once for what was thawed, if it is to be the same round."""
         return (
             self.config.thaw_exchange == "same_round"
             and not self.follow_up
-            and bool(self.thawed.any())
+            and bool(self.thawed.numpy().any())
         )
 
     def metrics(self) -> dict[str, float]:
@@ -380,15 +385,15 @@ class GWPFStrategy(SyncStrategy[GWPFUpload]):
         for key, value in state.items():
             setattr(self, key, value)
 
-    def _unsettled(self, update: torch.Tensor) -> torch.Tensor:
-        """Move E and A on and tell what stays active; `update` serves as scratch."""
-        if self.config.freeze_rule == "always":
-            return torch.zeros_like(self.asked)
-        rate = self.asked * (1.0 - self.config.ema)  # 0 leaves E and A as they are
-        self.ema.lerp_(update, rate)
-        self.ema_abs.lerp_(update.abs_(), rate)
-        del rate
-        return self.asked & ~is_stable(self.ema, self.ema_abs, self.threshold)
+    def _frozen(self, index: np.ndarray, update: FloatVector) -> BoolVector:
+        """Move E and A on at some coordinates and tell which of them have settled."""
+        moved = []
+        for average, value in ((self.ema, update), (self.ema_abs, np.abs(update))):
+            values = torch.from_numpy(average.numpy()[index])
+            values.lerp_(torch.from_numpy(value), 1.0 - self.config.ema)
+            average.numpy()[index] = values.numpy()
+            moved.append(values)
+        return is_stable(*moved, self.threshold).numpy()
 
     def _elected(self) -> BoolVector:
         if self.config.thaw_rule == "quorum":
@@ -405,6 +410,32 @@ class GWPFStrategy(SyncStrategy[GWPFUpload]):
         if above and not self.above:
             self.threshold = max(self.threshold / 2, self.config.threshold_floor)
         self.above = above
+
+
+def _blocks(mask: BoolVector) -> Iterator[tuple[np.ndarray, slice]]:
+    """Walk through the coordinates in a mask, a block that fits the cache at a time.
+
+    Within a block, positions are faster to work with than the mask; over the whole
+    vector they would take more memory than the values.
+
+    Parameters
+    ----------
+    mask : numpy.ndarray
+        bool ``(d,)``.
+
+    Yields
+    ------
+    index : numpy.ndarray
+        int64, the block's coordinates that are in the mask.
+    part : slice
+        Where they stand among all that are.
+    """
+    stop = 0
+    for first in range(0, mask.size, _BLOCK):
+        index = np.flatnonzero(mask[first : first + _BLOCK])
+        index += first
+        start, stop = stop, stop + index.size
+        yield index, slice(start, stop)
 
 
 # ---- the client's half --------------------------------------------------------------

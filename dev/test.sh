@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# The checks of Flower's baselines (structure, formatting, lint, types), then the tests.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+for file in client_app dataset model server_app strategy utils; do
+    test -f "gwpf_baseline/$file.py" || { echo "gwpf_baseline/$file.py is missing"; exit 1; }
+done
+python -m isort --check-only .
+python -m black --check .
+python -m docformatter --check --recursive gwpf_baseline tests benchmarks
+python -m ruff check .
+python -m mypy .
+python -m pylint gwpf_baseline
+python -m pytest "$@"

@@ -1,0 +1,284 @@
+"""A federation in one process: real strategies, real clients, real bytes between."""
+
+import copy
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.common import (
+    Context,
+    DisconnectRes,
+    EvaluateIns,
+    EvaluateRes,
+    FitIns,
+    FitRes,
+    GetParametersIns,
+    GetParametersRes,
+    GetPropertiesIns,
+    GetPropertiesRes,
+    Parameters,
+    ReconnectIns,
+    RecordDict,
+)
+from flwr.server import Server, SimpleClientManager
+from flwr.server.client_proxy import ClientProxy
+from omegaconf import DictConfig
+from sklearn.datasets import load_digits
+from torch import nn
+
+from gwpf_baseline.checkpoint import CheckpointFolder
+from gwpf_baseline.client import ClientState, SyncClient
+from gwpf_baseline.client_app import make_client
+from gwpf_baseline.config import workbench
+from gwpf_baseline.dataset import ImageData
+from gwpf_baseline.history import RoundRecord
+from gwpf_baseline.methods import load_method
+from gwpf_baseline.params import FlatModel, parameters_to_vector
+from gwpf_baseline.strategy import SyncStrategy
+from gwpf_baseline.training import Batches, TrainingConfig
+
+Build = Callable[[Context], SyncClient]
+
+
+class Node(ClientProxy):
+    """A node whose client runs here.
+
+    As in Flower, the client is built anew for each message and only its context lives
+    on. The strategy sees what a network would bring: serialised ``Parameters``.
+
+    Parameters
+    ----------
+    partition : int
+        The partition that the node serves.
+    build : callable
+        Builds the client from a context.
+    cid : str, optional
+        Flower's id of the node; default: from the partition.
+
+    Attributes
+    ----------
+    reachable : bool
+        Whether messages reach the node.
+    tamper : callable, optional
+        What becomes of an answer on its way; raises if it gets lost.
+    received, sent : list of Parameters
+        All that passed in either direction.
+    """
+
+    def __init__(self, partition: int, build: Build, cid: str | None = None) -> None:
+        super().__init__(cid or f"node-{partition}")
+        self.partition = partition
+        self.build = build
+        self.reachable = True
+        self.tamper: Callable[[FitRes], FitRes] | None = None
+        self.received: list[Parameters] = []
+        self.sent: list[Parameters] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Lose all state, as a node does that is set up again."""
+        self.context = Context(
+            run_id=1,
+            node_id=self.partition,
+            node_config={"partition-id": self.partition},
+            state=RecordDict(),
+            run_config={},
+        )
+
+    @property
+    def state(self) -> ClientState:
+        """The client's state."""
+        return ClientState.load(self.context) or ClientState()
+
+    def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
+        """Let the client train, unless one of the two messages gets lost."""
+        self.received.append(ins.parameters)
+        if not self.reachable:
+            raise ConnectionError("the node does not answer")
+        answer = self.build(self.context).to_client().fit(ins)
+        if self.tamper is not None:
+            answer = self.tamper(answer)
+        self.sent.append(answer.parameters)
+        return answer
+
+    def get_properties(
+        self, ins: GetPropertiesIns, timeout: float | None, group_id: int | None
+    ) -> GetPropertiesRes:
+        """Ask the client who it is."""
+        return self.build(self.context).to_client().get_properties(ins)
+
+    def get_parameters(
+        self, ins: GetParametersIns, timeout: float | None, group_id: int | None
+    ) -> GetParametersRes:
+        """Refuse: no method asks for this."""
+        raise NotImplementedError
+
+    def evaluate(
+        self, ins: EvaluateIns, timeout: float | None, group_id: int | None
+    ) -> EvaluateRes:
+        """Refuse: no method asks for this."""
+        raise NotImplementedError
+
+    def reconnect(
+        self, ins: ReconnectIns, timeout: float | None, group_id: int | None
+    ) -> DisconnectRes:
+        """Refuse: no method asks for this."""
+        raise NotImplementedError
+
+
+class Federation:
+    """Flower's server with a strategy and nodes that are asked one after the other.
+
+    Parameters
+    ----------
+    strategy : SyncStrategy
+        The strategy.
+    nodes : sequence of Node
+        The nodes.
+    """
+
+    def __init__(self, strategy: SyncStrategy, nodes: Sequence[Node]) -> None:
+        self.strategy: Any = strategy
+        self.nodes = list(nodes)
+        self.server = Server(client_manager=SimpleClientManager(), strategy=strategy)
+        self.server.set_max_workers(1)
+        for node in nodes:
+            self.server.client_manager().register(node)
+        self.rounds = 0
+
+    def play(self, rounds: int = 1) -> RoundRecord:
+        """Play some rounds and return the last one's record."""
+        for _ in range(rounds):
+            self.rounds += 1
+            self.server.fit_round(self.rounds, timeout=None)
+            self.strategy.evaluate(self.rounds, self.strategy.parameters())
+        return self.strategy.records[-1]
+
+    def partition_of(self, node: ClientProxy) -> int:
+        """Return the partition that a proxy serves."""
+        return {n.cid: n.partition for n in self.nodes}[node.cid]
+
+
+def configured(
+    cfg: DictConfig, folder: Path = Path("unused"), **strategy: Any
+) -> Federation:
+    """Build what the package's own apps build from a configuration.
+
+    Parameters
+    ----------
+    cfg : DictConfig
+        A checked configuration.
+    folder : pathlib.Path
+        The run's folder, for checkpoints.
+    **strategy : object
+        More arguments of the strategy.
+    """
+    bench = workbench(cfg)
+    server = bench.method.strategy(
+        bench.model,
+        config=bench.method_config,
+        num_clients=cfg.num_clients,
+        fraction_fit=cfg.fraction_fit,
+        seed=cfg.seed,
+        weighting=cfg.weighting,
+        checkpoints=CheckpointFolder(folder),
+        checkpoint_every=cfg.checkpoint_every,
+        **strategy,
+    )
+    if cfg.resume:
+        server.load_state(CheckpointFolder(cfg.resume).server_state())
+
+    def build(context: Context) -> SyncClient:
+        return make_client(cfg, context, str(folder))
+
+    return Federation(server, [Node(i, build) for i in range(cfg.num_clients)])
+
+
+def digits() -> ImageData:
+    """Return scikit-learn's digits at their own size of 8 by 8 pixels."""
+    images, labels = load_digits(return_X_y=True)
+    pixels = (images * 15).astype(np.uint8).reshape(-1, 1, 8, 8)
+    scale = np.full(1, 0.5, np.float32)
+    train, test = slice(0, 1500), slice(1500, None)
+    classes = labels.astype(np.int64)
+    return ImageData(
+        pixels[train], classes[train], pixels[test], classes[test], 10, scale, scale
+    )
+
+
+def small_net() -> nn.Module:
+    """Return a network of 400 parameters with batch normalisation."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(64, 5),
+            nn.BatchNorm1d(5),
+            nn.ReLU(),
+            nn.Linear(5, 10),
+        )
+
+
+def small(
+    sizes: Sequence[int],
+    training: TrainingConfig,
+    method: str = "gwpf",
+    options: dict[str, Any] | None = None,
+    **strategy: Any,
+) -> Federation:
+    """Build a federation of a small network with batch normalisation.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        Each client's number of examples.
+    training : TrainingConfig
+        How clients train.
+    method : str, default "gwpf"
+        The method's file.
+    options : dict, optional
+        Its hyper-parameters.
+    **strategy : object
+        More arguments of the strategy.
+    """
+    found, config = load_method({"module": method, **(options or {})})
+    model, data = small_net(), digits()
+    flat, initial = FlatModel(copy.deepcopy(model)), parameters_to_vector(model)
+    ends = np.cumsum([0, *sizes])
+
+    def build(client: int, context: Context) -> SyncClient:
+        rows = np.arange(ends[client], ends[client + 1])
+        batches = Batches(data, rows, seed=0, client=client)
+        return found.client(context, flat, initial, batches, training, config=config)
+
+    server = found.strategy(model, config=config, num_clients=len(sizes), **strategy)
+    return Federation(
+        server, [Node(i, partial(build, i)) for i in range(len(sizes))]
+    )
+
+
+def npy(array: np.ndarray) -> bytes:
+    """Serialise an array as Flower does."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def size(parameters: Parameters) -> int:
+    """Return the bytes that a message costs."""
+    return sum(len(tensor) for tensor in parameters.tensors)
+
+
+def with_tensors(answer: FitRes, tensors: list[bytes]) -> FitRes:
+    """Return an answer with other tensors."""
+    return replace(answer, parameters=Parameters(tensors, "numpy.ndarray"))
+
+
+def lose(answer: FitRes) -> FitRes:
+    """Lose an answer on its way."""
+    raise TimeoutError("the answer got lost")

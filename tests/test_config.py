@@ -1,0 +1,128 @@
+"""The configuration: what composes, and what is refused in one line."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from gwpf_baseline.config import (
+    checked,
+    compose_config,
+    config_dir,
+    from_run_config,
+    resumed,
+    training_config,
+    workbench,
+)
+from gwpf_baseline.methods import load_method
+from gwpf_baseline.utils import ConfigError
+
+
+def test_every_choice_of_every_group_composes() -> None:
+    """A file in ``conf`` that does not compose would be found by a user."""
+    for file in config_dir().glob("*/*.yaml"):
+        cfg = compose_config([f"{file.parent.name}={file.stem}"])
+        if file.parent.name != "experiment":
+            assert cfg[file.parent.name].name == file.stem
+        load_method(dict(cfg.method))
+        training_config(cfg)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("method=nope", "method=nope: must be one of fedavg, gwpf, gwpf_paper"),
+        ("nokey=1", "nokey=1: must be one of the keys that --cfg job shows"),
+        ("method.nokey=1", "method.nokey=1: must be one of the keys"),
+        ("num_clients=0", "num_clients=0: must be a whole number >= 1"),
+        ("num_clients=2.5", "num_clients=2.5: must be a whole number >= 1"),
+        ("num_clients=100000", "num_clients=100000: must be a whole number from 1"),
+        ("num_rounds=-1", "num_rounds=-1: must be a whole number >= 1"),
+        ("fraction_fit=0", "fraction_fit=0: must be in (0, 1]"),
+        ("fraction_fit=x", "fraction_fit=x: must be in (0, 1]"),
+        ("lr=abc", "lr=abc: must be a number > 0"),
+        ("lr=.nan", "lr=.nan: must be a number > 0"),
+        ("lr=inf", "lr=inf: must be a number > 0"),
+        ("momentum=1", "momentum=1: must be in [0, 1)"),
+        ("weight_decay=-1", "weight_decay=-1: must be a number >= 0"),
+        ("local_steps=0", "local_steps=0: must be a whole number >= 1"),
+        ("local_epochs=0", "local_epochs=0: must be a number > 0"),
+        ("batch_size=0", "batch_size=0: must be a whole number >= 1"),
+        ("optimizer=lion", "optimizer=lion: must be one of sgd, adam"),
+        ("precision=fp8", "precision=fp8: must be one of fp32, tf32, bf16"),
+        ("weighting=mass", "weighting=mass: must be one of uniform, examples"),
+        ("seed=-1", "seed=-1: must be a whole number >= 0"),
+        ("verbose=3", "verbose=3: must be true or false"),
+        ("round_timeout=0", "round_timeout=0: must be seconds > 0, or null"),
+        ("client_resources.num_cpus=4096", "client_resources.num_cpus=4096: must be"),
+        ("partition.alpha=-1", "partition.alpha=-1: must be a number > 0"),
+        ("partition=nope", "partition=nope: must be one of dirichlet, iid"),
+        ("partition=natural_id", "partition=natural_id: must be another"),
+        ("model=vgg11 dataset.image_size=8", "model=vgg11: must be one of the models"),
+        ("dataset=mnist dataset.path=/no/where", "dataset.path=/no/where: must be"),
+        ("method.thaw_budget=0", "method.thaw_budget=0: must be in (0, 1]"),
+        ("method.freeze_threshold=2", "method.freeze_threshold=2: must be in (0, 1]"),
+        ("method.ema=1", "method.ema=1: must be in [0, 1)"),
+        ("method.thaw_quorum=-0.1", "method.thaw_quorum=-0.1: must be in [0, 1]"),
+        ("method.thaw_rule=dice", "method.thaw_rule=dice: must be one of budget"),
+        ("method.tighten=1", "method.tighten=1: must be true or false"),
+        ("method.module=os", "method.module=os: must be one of fedavg, gwpf"),
+        ("resume=/no/where", "resume=/no/where: must be the folder of a run"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_allowed(
+    override: str, message: str
+) -> None:
+    """One line: the key, the value, and what would do."""
+    with pytest.raises(ConfigError) as caught:
+        cfg = checked(compose_config(override.split()))
+        if cfg.resume:
+            resumed(cfg, override.split())
+        workbench(cfg)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_paths_are_made_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker process may stand in another folder."""
+    monkeypatch.chdir(tmp_path)
+    cfg = checked(compose_config(["dataset=mnist", "dataset.path=here"]))
+    assert cfg.dataset.path == str(tmp_path / "here")
+
+
+def test_run_config_reaches_the_same_configuration() -> None:
+    """What ``flwr run --run-config`` says is what the command line says."""
+    run_config = {
+        "method": "fedavg",
+        "num_rounds": 3,
+        "lr": 0.1,
+        "persist_optimizer": True,
+        "dataset": "",
+        "overrides": "partition.alpha=0.5 client_threads=2",
+    }
+    overrides = [
+        "method=fedavg",
+        "num_rounds=3",
+        "lr=0.1",
+        "persist_optimizer=true",
+        "partition.alpha=0.5",
+        "client_threads=2",
+    ]
+    assert from_run_config(run_config) == checked(compose_config(overrides))
+
+
+def test_resume_takes_the_saved_configuration(tmp_path: Path) -> None:
+    """Only what does not change the history may be changed."""
+    first = ["lr=0.1", "method.thaw_budget=0.3", "num_rounds=5"]
+    saved = checked(compose_config(first))
+    OmegaConf.save(saved, tmp_path / "config.yaml")
+
+    overrides = [f"resume={tmp_path}", "num_rounds=9", "lr=0.1"]
+    cfg = resumed(checked(compose_config(overrides)), overrides)
+    assert cfg == OmegaConf.merge(saved, {"num_rounds": 9, "resume": str(tmp_path)})
+
+    overrides = [f"resume={tmp_path}", "lr=0.2"]
+    with pytest.raises(ConfigError, match="lr=0.2: must be 0.1, as in the run"):
+        resumed(checked(compose_config(overrides)), overrides)

@@ -1,0 +1,308 @@
+"""The engine: real data through Flower's Ray simulation, as a user starts it."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pyarrow.parquet import read_table, write_table
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gwpf_baseline.config import checked, compose_config, workbench
+from gwpf_baseline.history import COLUMNS, RoundRecord, read_history
+from gwpf_baseline.params import FlatModel, buffers_to_vector, parameters_to_vector
+from gwpf_baseline.training import evaluate
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# Small, and yet every mechanism takes part: sampled clients that miss rounds, momentum
+# that outlives them, evaluation only now and then.
+SMALL = [
+    "num_rounds=8",
+    "num_clients=5",
+    "fraction_fit=0.6",
+    "eval_every=3",
+    "momentum=0.9",
+    "persist_optimizer=true",
+    "lr=0.01",
+    "seed=7",
+]
+
+
+def start(*overrides: str) -> "subprocess.Popen[str]":
+    """Start the command line in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "gwpf_baseline.main", *overrides],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(*overrides: str) -> str:
+    """Run the command line to its end and return what it printed."""
+    process = start(*overrides)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    return output
+
+
+def rows_without_seconds(folder: Path) -> list[list[str]]:
+    """Return the text of history.csv but for the one column that is a measurement."""
+    with open(folder / "history.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    seconds = rows[0].index("seconds")
+    return [row[:seconds] + row[seconds + 1 :] for row in rows]
+
+
+def model_bytes(folder: Path) -> bytes:
+    """Return the final model's file."""
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run the small experiment with two workers."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    run(*SMALL, f"hydra.run.dir={folder}")
+    return folder
+
+
+def test_default_run_beats_a_tenth_of_the_traffic(tmp_path: Path) -> None:
+    """The first command of the README: GWPF on digits, with its table."""
+    output = run(f"hydra.run.dir={tmp_path}")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (
+        list(summary)
+        == (
+            "method dataset model seed rounds parameters final_accuracy best_accuracy "
+            "total_uplink_bytes total_downlink_bytes dense_bytes traffic_ratio seconds"
+        ).split()
+    )
+    assert summary["method"] == "gwpf"
+    assert summary["dataset"] == "digits"
+    assert summary["rounds"] == 100
+    assert summary["final_accuracy"] > 0.94
+    assert 0 < summary["traffic_ratio"] < 0.1
+    assert "ratio to dense" in output
+    # Quiet: progress lines and the table, nothing of Flower's or Ray's own.
+    assert "INFO" not in output
+    assert len(output.splitlines()) < 40
+
+
+def test_files_of_a_run(small_run: Path) -> None:
+    """Every file that the design names is there and agrees with the others."""
+    records = read_history(small_run)
+    assert tuple(rows_without_seconds(small_run)[0]) == tuple(
+        name for name in COLUMNS if name != "seconds"
+    )
+    assert [record.round for record in records] == list(range(1, 9))
+    assert [record.clients for record in records] == [3] * 8
+    assert all(record.failures == 0 for record in records)
+    evaluated = [r.round for r in records if r.test_accuracy is not None]
+    assert evaluated == [3, 6, 8]
+    for name, total in (
+        ("uplink_bytes", "cumulative_uplink_bytes"),
+        ("downlink_bytes", "cumulative_downlink_bytes"),
+    ):
+        sums = np.cumsum([getattr(record, name) for record in records])
+        assert sums.tolist() == [getattr(record, total) for record in records]
+
+    summary = json.loads((small_run / "summary.json").read_text())
+    last = records[-1]
+    total_bytes = last.cumulative_uplink_bytes + last.cumulative_downlink_bytes
+    assert summary["traffic_ratio"] == total_bytes / last.dense_bytes
+    assert summary["final_accuracy"] == last.test_accuracy
+
+    # The saved model is the one that was measured.
+    cfg = checked(compose_config(SMALL))
+    bench = workbench(cfg)
+    bench.model.load_state_dict(load_file(small_run / "model.safetensors"))
+    model = FlatModel(bench.model)
+    loss, accuracy = evaluate(model, bench.data)
+    assert accuracy == last.test_accuracy
+    assert loss == pytest.approx(last.test_loss, rel=1e-5)
+
+    for name in ("accuracy.png", "traffic.png", "frozen.png"):
+        with Image.open(small_run / name) as image:
+            image.verify()
+    events = EventAccumulator(str(small_run / "tensorboard"))
+    events.Reload()
+    values = [event.value for event in events.Scalars("train_loss")]
+    assert values == pytest.approx([record.train_loss for record in records], rel=1e-6)
+    assert "thaw_budget" in (small_run / "config.yaml").read_text()
+
+
+def test_one_worker_gives_the_history_of_two(small_run: Path, tmp_path: Path) -> None:
+    """Which process runs a client, and when, leaves no trace."""
+    cpus = os.cpu_count() or 1
+    run(*SMALL, f"client_resources.num_cpus={cpus}", f"hydra.run.dir={tmp_path}")
+    assert rows_without_seconds(tmp_path) == rows_without_seconds(small_run)
+    assert model_bytes(tmp_path) == model_bytes(small_run)
+
+
+def test_a_killed_run_goes_on_to_the_same_history(
+    small_run: Path, tmp_path: Path
+) -> None:
+    """SIGKILL in the middle of a round, then resume: nothing shows."""
+    killed, resumed = tmp_path / "killed", tmp_path / "resumed"
+    process = start(*SMALL, "checkpoint_every=2", f"hydra.run.dir={killed}")
+    try:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and rounds_done(killed) < 5:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert 5 <= rounds_done(killed) < 8
+
+    output = run(f"resume={killed}", f"hydra.run.dir={resumed}")
+    assert rows_without_seconds(resumed) == rows_without_seconds(small_run)
+    assert model_bytes(resumed) == model_bytes(small_run), output
+
+    # All rounds are done now: there is nothing left to resume.
+    process = start(f"resume={resumed}", f"hydra.run.dir={tmp_path / 'again'}")
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert output == "error: num_rounds=8: must be more than the 8 rounds done\n"
+
+
+def rounds_done(folder: Path) -> int:
+    """Return how many rounds a run has recorded."""
+    try:
+        return len(read_history(folder))
+    except (OSError, ValueError):
+        return 0
+
+
+def test_a_wrong_command_line_ends_in_one_line() -> None:
+    """Exit code 2, before Ray starts."""
+    for wrong, line in (
+        ("method=nope", "method=nope: must be one of fedavg, gwpf, gwpf_paper"),
+        ("num_clients=0", "num_clients=0: must be a whole number >= 1"),
+    ):
+        process = start(wrong)
+        output, _ = process.communicate(timeout=100)
+        assert process.returncode == 2
+        assert output == f"error: {line}\n"
+
+
+def test_sweep_over_methods(data_root: Path, tmp_path: Path) -> None:
+    """``-m`` runs one experiment after the other; here on MNIST."""
+    run(
+        "-m",
+        "method=fedavg,gwpf,gwpf_paper",
+        "dataset=mnist",
+        f"dataset.path={data_root / 'mnist'}",
+        "num_rounds=3",
+        "num_clients=3",
+        f"hydra.sweep.dir={tmp_path}",
+    )
+    summaries = {}
+    for folder in sorted(tmp_path.glob("[0-9]*")):
+        summary = json.loads((folder / "summary.json").read_text())
+        summaries[summary["method"]] = summary
+    assert set(summaries) == {"fedavg", "gwpf", "gwpf_paper"}
+    assert {s["parameters"] for s in summaries.values()} == {61706}
+    assert summaries["fedavg"]["traffic_ratio"] == pytest.approx(1.0, rel=1e-3)
+    assert summaries["gwpf"]["traffic_ratio"] < 0.1
+
+
+def test_cifar10_with_batch_norm(data_root: Path, tmp_path: Path) -> None:
+    """ResNet-18 on CIFAR-10: augmented, and its buffers are exchanged and counted."""
+    # A CPU needs minutes for the whole test set, so these are some of the real images.
+    for split, size in (("train", 100), ("test", 50)):
+        table = read_table(data_root / "cifar10" / f"{split}.parquet")
+        write_table(table.slice(0, size), tmp_path / f"{split}.parquet")
+    overrides = [
+        "experiment=gwpf_c1",
+        f"dataset.path={tmp_path}",
+        f"dataset.cache_dir={tmp_path / 'cache'}",
+        "client_resources.num_gpus=0",
+        "num_clients=2",
+        "num_rounds=2",
+        "local_steps=1",
+        "batch_size=4",
+    ]
+    folder = tmp_path / "run"
+    run(*overrides, f"hydra.run.dir={folder}")
+    records = read_history(folder)
+    model = workbench(checked(compose_config(overrides))).model
+    buffers = buffers_to_vector(model).numel()
+    assert parameters_to_vector(model).numel() == 11_173_962
+    assert [record.clients for record in records] == [2, 2]
+    # The first round sends votes and buffers only, the second values as well.
+    assert 2 * 4 * buffers < records[0].uplink_bytes < records[1].uplink_bytes
+    saved = load_file(folder / "model.safetensors")
+    assert int(saved["bn1.num_batches_tracked"]) == 2
+    assert not torch.equal(saved["bn1.running_mean"], torch.zeros(64))
+
+
+@pytest.fixture
+def flower_home(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """Give Flower a home and ports of its own, and stop what it leaves running."""
+    environment = {
+        **os.environ,
+        "FLWR_HOME": str(tmp_path / "flwr"),
+        "GWPF_OUTPUTS": str(tmp_path / "outputs"),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": "39291",
+        "FLWR_LOCAL_CONTROL_API_PORT": "39293",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        # The app's dependencies are those of this very environment.
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    yield environment
+    subprocess.run(["pkill", "-f", "flower-superlink.*39291"], check=False)
+    shutil.rmtree(tmp_path / "flwr", ignore_errors=True)
+
+
+def test_flwr_run_gives_the_same_history(
+    small_run: Path, tmp_path: Path, flower_home: dict[str, str]
+) -> None:
+    """``flwr run .`` packs the app, unpacks it elsewhere, and runs it."""
+    result = subprocess.run(
+        [
+            "flwr",
+            "run",
+            str(REPOSITORY),
+            "--stream",
+            "--run-config",
+            " ".join(SMALL),
+            "--federation-config",
+            "num-supernodes=5 client-resources-num-cpus=1",
+        ],
+        env=flower_home,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    outputs = list((tmp_path / "outputs").glob("*"))
+    assert len(outputs) == 1, result.stdout + result.stderr
+    assert rows_without_seconds(outputs[0]) == rows_without_seconds(small_run)
+    assert model_bytes(outputs[0]) == model_bytes(small_run)
+
+
+def test_records_are_the_designs_columns() -> None:
+    """Scripts rely on these names and their order."""
+    assert COLUMNS == tuple(RoundRecord.__dataclass_fields__)
+    assert ",".join(COLUMNS) == (
+        "round,seconds,test_accuracy,test_loss,train_loss,uplink_bytes,downlink_bytes,"
+        "cumulative_uplink_bytes,cumulative_downlink_bytes,dense_bytes,"
+        "frozen_fraction,sent_fraction,clients,failures"
+    )

@@ -1,0 +1,645 @@
+"""Tests of GWPF: every function against a slow obvious one, and the whole against
+section by section loops over single coordinates."""
+
+import itertools
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from federation import Federation, Node, digits, lose, small, with_tensors
+from flwr.common import Context, FitRes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.testing import assert_allclose, assert_array_equal
+from torch import nn
+
+from gwpf_baseline.client import ClientState, StepHook, Task
+from gwpf_baseline.methods.gwpf import (
+    TIGHTEN_SHARE,
+    GWPFClient,
+    GWPFConfig,
+    GWPFStrategy,
+    consistency_votes,
+    importance_votes,
+    is_stable,
+    thaw_by_budget,
+    thaw_by_quorum,
+)
+from gwpf_baseline.params import FlatModel, parameters_to_vector
+from gwpf_baseline.training import Batches, TrainingConfig
+from gwpf_baseline.utils import ConfigError, derive_seed
+from gwpf_baseline.wire import Reader, parse_tensors
+
+# ---- the pure functions -------------------------------------------------------------
+
+# Few different values, so that ties and zeros are the rule.
+COARSE = hnp.arrays(
+    np.float32,
+    st.integers(0, 40),
+    elements=st.sampled_from([0.0, -0.0, 0.25, -0.25, 0.5, -0.5, 1.0, -3.0]),
+)
+COUNTS = hnp.arrays(np.uint16, st.integers(0, 60), elements=st.integers(0, 5))
+# Shares as people write them, and the decimal they mean.
+SHARES = st.integers(1, 100).map(lambda percent: (percent / 100, percent))
+
+
+@given(COARSE, st.data(), st.sampled_from([0.1, 0.25, 0.5, 1.0]))
+def test_stable_is_a_small_effective_update(
+    ema: np.ndarray, data: st.DataObject, threshold: float
+) -> None:
+    """Strictly below the threshold, or no update at all: 0 / 0 is stable."""
+    ema_abs = np.abs(data.draw(hnp.arrays(np.float32, ema.shape, elements=COARSE_VALUE)))
+    expected = [
+        a == 0 or abs(e) / a < threshold for e, a in zip(ema, ema_abs, strict=True)
+    ]
+    stable = is_stable(torch.from_numpy(ema), torch.from_numpy(ema_abs), threshold)
+    assert stable.tolist() == expected
+
+
+COARSE_VALUE = st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0])
+
+
+@given(COARSE, SHARES)
+def test_importance_votes_for_the_largest(
+    accumulated: np.ndarray, share: tuple[float, int]
+) -> None:
+    """A coordinate is voted for unless enough others are larger; a zero never is."""
+    fraction, percent = share
+    count = -(-percent * accumulated.size // 100)
+    expected = [
+        value != 0 and sum(abs(other) > abs(value) for other in accumulated) < count
+        for value in accumulated
+    ]
+    votes = importance_votes(accumulated, fraction)
+    assert votes.dtype == np.bool_
+    assert votes.tolist() == expected
+
+
+@given(COARSE, st.data(), st.sampled_from([0.25, 0.5, 1.0]))
+def test_consistency_votes_for_steps_that_agree(
+    net: np.ndarray, data: st.DataObject, threshold: float
+) -> None:
+    """At the threshold too; what did not move never votes."""
+    detour = data.draw(hnp.arrays(np.float32, net.shape, elements=COARSE_VALUE))
+    path = np.abs(net) + detour
+    expected = [
+        p > 0 and abs(n) / p >= threshold for n, p in zip(net, path, strict=True)
+    ]
+    assert consistency_votes(net, path, threshold).tolist() == expected
+
+
+@given(COUNTS, st.integers(0, 200), st.integers(0, 100))
+def test_quorum_thaws_what_a_share_of_the_clients_wants(
+    counts: np.ndarray, clients: int, percent: int
+) -> None:
+    """Exactly the share suffices; 0 means any one, never none."""
+    expected = [
+        count >= 1 and 100 * int(count) >= percent * clients for count in counts
+    ]
+    assert thaw_by_quorum(counts, clients, percent / 100).tolist() == expected
+
+
+@given(COUNTS, st.integers(0, 70), st.integers(0, 2**63 - 1))
+def test_budget_thaws_the_most_voted(
+    counts: np.ndarray, budget: int, seed: int
+) -> None:
+    """As many as have votes and fit; none that has more votes stays frozen."""
+    thawed = thaw_by_budget(counts, budget, seed)
+    assert thawed.dtype == np.bool_ and thawed.shape == counts.shape
+    assert thawed.sum() == min(budget, np.count_nonzero(counts))
+    if thawed.any():
+        assert counts[thawed].min() >= max(1, counts[~thawed].max(initial=0))
+    assert_array_equal(thaw_by_budget(counts, budget, seed), thawed)
+
+
+def test_ties_for_the_budget_are_broken_evenly_by_the_seed() -> None:
+    """Every one of the tied has the same chance, wherever it stands."""
+    counts = np.array([2, 1, 1, 1, 1, 0, 3], np.uint16)
+    thawed = np.array([thaw_by_budget(counts, 4, seed) for seed in range(1000)])
+    assert thawed[:, [0, 6]].all()
+    assert not thawed[:, 5].any()
+    assert_allclose(thawed[:, 1:5].mean(axis=0), 0.5, atol=0.08)
+
+
+def test_votes_up_to_the_largest_count_are_told_apart() -> None:
+    """65,535 clients fit into a count."""
+    counts = np.array([65535, 65534, 0], np.uint16)
+    assert thaw_by_budget(counts, 1, 0).tolist() == [True, False, False]
+    assert thaw_by_budget(counts, 3, 0).tolist() == [True, True, False]
+
+
+# ---- a federation whose clients learn what the test says ------------------------------
+
+Script = Callable[[int, int], np.ndarray]
+
+
+class ScriptedClient(GWPFClient):
+    """A client that takes given steps instead of training.
+
+    Attributes
+    ----------
+    script : callable
+        From client and exchange to the steps, float32 ``(steps, d)``.
+    starts : list of numpy.ndarray
+        Where the client started from.
+    """
+
+    script: Script
+    starts: list[np.ndarray]
+
+    def train(
+        self,
+        start: torch.Tensor,
+        task: Task,
+        state: ClientState,
+        on_step: StepHook | None = None,
+    ) -> tuple[torch.Tensor, float]:
+        """Walk along the script's steps."""
+        self.starts.append(start.numpy().copy())
+        steps = torch.from_numpy(
+            self.script(self.batches.client, task.header.exchange)
+        )
+        position = start.clone()
+        for step in steps:
+            position += step
+            if on_step is not None:
+                on_step(position)
+        return steps.sum(0), 0.0
+
+
+class Ledger(GWPFStrategy):
+    """A strategy that adds up what all accepted clients' updates have done.
+
+    Attributes
+    ----------
+    applied : torch.Tensor
+        float64 ``(d,)``, each exchange's change of the model times its clients.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.applied = torch.zeros(self.dimension, dtype=torch.float64)
+
+    def finish_exchange(self, total_weight: float) -> torch.Tensor:
+        """Keep account of the change."""
+        before = self.weights.double()
+        changed = super().finish_exchange(total_weight)
+        self.applied += (self.weights.double() - before) * total_weight
+        return changed
+
+
+class ScriptedFederation(Federation):
+    """Scripted clients under GWPF.
+
+    Parameters
+    ----------
+    script : callable
+        From client and exchange to the steps.
+    config : GWPFConfig
+        The hyper-parameters.
+    dimension : int, default 24
+        Number of parameters.
+    num_clients : int, default 4
+        Number of clients.
+    **strategy : object
+        More arguments of the strategy.
+
+    Attributes
+    ----------
+    starts : list of list of numpy.ndarray
+        For each client, where its rounds started from.
+    """
+
+    def __init__(
+        self,
+        script: Script,
+        config: GWPFConfig,
+        dimension: int = 24,
+        num_clients: int = 4,
+        **strategy: Any,
+    ) -> None:
+        model = nn.Linear(dimension - 1, 1)
+        nn.init.zeros_(model.weight)
+        nn.init.zeros_(model.bias)
+        self.starts: list[list[np.ndarray]] = [[] for _ in range(num_clients)]
+        flat, initial = FlatModel(nn.Linear(1, 1)), parameters_to_vector(model)
+        data = digits()
+
+        def build(client: int, context: Context) -> GWPFClient:
+            batches = Batches(data, np.arange(1), 0, client)
+            built = ScriptedClient(
+                context, flat, initial, batches, TrainingConfig(), config=config
+            )
+            built.script, built.starts = script, self.starts[client]
+            return built
+
+        super().__init__(
+            Ledger(model, config=config, num_clients=num_clients, **strategy),
+            [Node(i, partial(build, i)) for i in range(num_clients)],
+        )
+
+    def pending(self, client: int) -> np.ndarray:
+        """Return what a client has learned and the server has not used."""
+        state = self.nodes[client].state
+        if "residual" not in state.arrays:
+            return np.zeros(self.strategy.dimension, np.float32)
+        residual = state.arrays["residual"].copy()
+        if self.strategy.clients[client].accepted == state.uploaded:
+            residual[state.arrays["mask"]] = 0
+        return residual
+
+
+def lively(client: int, exchange: int, dimension: int = 24) -> np.ndarray:
+    """Return three steps of which every fourth coordinate behaves alike.
+
+    They stand still, drift, tremble, or rest and then jump. All values and their means
+    over two or four clients are exact in float32, however often they are added.
+    """
+    rng = np.random.default_rng([7, client, exchange])
+    steps = rng.integers(-3, 4, (3, dimension)).astype(np.float32)
+    kind = np.arange(dimension) % 4
+    steps[:, kind == 0] = 0
+    steps[:, kind == 1] += 2 * np.sign(np.sin(exchange / 9 + client / 4))
+    steps[:, kind == 3] *= 4 * (exchange % 16 < 3)
+    return steps / 64
+
+
+# ---- the whole algorithm, one coordinate at a time ------------------------------------
+
+
+class Reference:
+    """GWPF as the design describes it, in loops over clients and coordinates.
+
+    Parameters
+    ----------
+    config : GWPFConfig
+        The hyper-parameters.
+    dimension, clients, seed : int
+        Number of parameters and of clients, the server's seed.
+    """
+
+    def __init__(
+        self, config: GWPFConfig, dimension: int, clients: int, seed: int
+    ) -> None:
+        self.config = config
+        self.coordinates = range(dimension)
+        self.seed = seed
+        self.exchange = 0
+        self.weights = [0.0] * dimension
+        self.ema = [0.0] * dimension
+        self.ema_abs = [0.0] * dimension
+        self.active = [config.freeze_rule == "threshold"] * dimension
+        self.residual = [[0.0] * dimension for _ in range(clients)]
+        self.threshold = config.freeze_threshold
+        self.was_above = False
+
+    def start(self, client: int) -> list[float]:
+        """Return where a client starts its local iterations from."""
+        drift = self.config.frozen_update == "drift"
+        return [
+            self.weights[j]
+            + (self.residual[client][j] if drift and not self.active[j] else 0.0)
+            for j in self.coordinates
+        ]
+
+    def play(self, clients: list[int], script: Script) -> dict[int, list[bool]]:
+        """Play one round and return the clients' votes on frozen coordinates."""
+        self.exchange += 1
+        frozen = [j for j in self.coordinates if not self.active[j]]
+        votes = {}
+        for i in clients:
+            steps = script(i, self.exchange).astype(float).tolist()
+            moved = [[step[j] for step in steps] for j in self.coordinates]
+            for j in self.coordinates:
+                self.residual[i][j] += sum(moved[j])
+            votes[i] = [self._votes(i, j, moved[j], frozen) for j in frozen]
+        synchronised = [j for j in self.coordinates if self.active[j]]
+        for j in synchronised:
+            self.active[j] = self._synchronise(j, clients)
+        counts = [sum(votes[i][m] for i in clients) for m in range(len(frozen))]
+        thawed = [frozen[m] for m in self._elect(counts, len(clients))]
+        if self.config.thaw_exchange == "next_round":
+            for j in thawed:
+                self.active[j] = True
+        elif thawed:
+            self.exchange += 1
+            for j in thawed:
+                self.active[j] = self._synchronise(j, clients)
+        if self.config.tighten:
+            self._tighten()
+        return votes
+
+    def _votes(self, i: int, j: int, moved: list[float], frozen: list[int]) -> bool:
+        if self.config.thaw_signal == "consistency":
+            path = sum(abs(step) for step in moved)
+            return path > 0 and abs(sum(moved)) / path >= self.config.thaw_threshold
+        size = [abs(self.residual[i][k]) for k in frozen]
+        mine = abs(self.residual[i][j])
+        allowed = math.ceil(self.config.vote_fraction * len(frozen))
+        return mine > 0 and sum(other > mine for other in size) < allowed
+
+    def _synchronise(self, j: int, clients: list[int]) -> bool:
+        """Apply the mean update and return whether the coordinate stays active."""
+        update = sum(self.residual[i][j] for i in clients) / len(clients)
+        for i in clients:
+            self.residual[i][j] = 0.0
+        self.weights[j] += update
+        if self.config.freeze_rule == "always":
+            return False
+        alpha = self.config.ema
+        self.ema[j] = alpha * self.ema[j] + (1 - alpha) * update
+        self.ema_abs[j] = alpha * self.ema_abs[j] + (1 - alpha) * abs(update)
+        if self.ema_abs[j] == 0:
+            return False
+        return abs(self.ema[j]) / self.ema_abs[j] >= self.threshold
+
+    def _elect(self, counts: list[int], clients: int) -> list[int]:
+        if self.config.thaw_rule == "quorum":
+            least = max(self.config.thaw_quorum * clients, 1)
+            return [m for m, count in enumerate(counts) if count >= least]
+        # Only this order among equals is taken from the package.
+        budget = math.ceil(self.config.thaw_budget * len(self.coordinates))
+        seed = derive_seed(self.seed, "ties", self.exchange)
+        chosen = thaw_by_budget(np.array(counts, np.uint16), budget, seed)
+        return np.flatnonzero(chosen).tolist()
+
+    def _tighten(self) -> None:
+        above = 1 - sum(self.active) / len(self.active) > TIGHTEN_SHARE
+        if above and not self.was_above:
+            self.threshold = max(self.threshold / 2, self.config.threshold_floor)
+        self.was_above = above
+
+
+def _votes_sent(node: Node, number: int, frozen: int) -> list[bool]:
+    arrays = parse_tensors(node.sent[number].tensors)
+    return Reader(arrays, "gwpf", 24).bitmap(frozen).tolist()
+
+
+@pytest.mark.parametrize(
+    ("freeze", "frozen_update", "thaw_signal", "thaw_rule", "thaw_exchange"),
+    itertools.product(
+        ("always", "threshold", "tighten"),
+        ("residual", "drift"),
+        ("importance", "consistency"),
+        ("budget", "quorum"),
+        ("next_round", "same_round"),
+    ),
+)
+def test_every_round_is_what_the_definition_says(
+    freeze: str,
+    frozen_update: str,
+    thaw_signal: str,
+    thaw_rule: str,
+    thaw_exchange: str,
+) -> None:
+    """Starts, votes, weights, residuals, averages and masks, for all combinations.
+
+    Two of four clients take part in a round, so residuals also wait for rounds.
+    """
+    config = GWPFConfig(
+        freeze_rule="always" if freeze == "always" else "threshold",
+        ema=0.75,
+        tighten=freeze == "tighten",
+        threshold_floor=0.05,
+        frozen_update=frozen_update,
+        thaw_signal=thaw_signal,
+        vote_fraction=0.2,
+        thaw_rule=thaw_rule,
+        thaw_budget=0.15,
+        thaw_quorum=0.5,
+        thaw_exchange=thaw_exchange,
+    )
+    federation = ScriptedFederation(lively, config, fraction_fit=0.5, seed=3)
+    server = federation.strategy
+    reference = Reference(config, dimension=24, clients=4, seed=3)
+    masks = set()
+    for number in range(100):
+        answers = [len(node.sent) for node in federation.nodes]
+        frozen = 24 - sum(reference.active)
+        starts = [reference.start(i) for i in range(4)]
+        record = federation.play()
+        clients = [
+            i for i, n in enumerate(federation.nodes) if len(n.sent) > answers[i]
+        ]
+        assert (record.clients, record.failures) == (2, 0) and len(clients) == 2
+        votes = reference.play(clients, lively)
+        for i in clients:
+            assert_array_equal(federation.starts[i][-1], starts[i])
+            sent = _votes_sent(federation.nodes[i], answers[i], frozen)
+            assert sent == votes[i], (number, i)
+        assert server.exchange == reference.exchange
+        assert_array_equal(server.weights, reference.weights)
+        assert_array_equal(server.mask, reference.active)
+        assert server.threshold == reference.threshold
+        for i in range(4):
+            assert_array_equal(federation.pending(i), reference.residual[i])
+        if freeze != "always":
+            assert_allclose(server.ema, reference.ema, rtol=1e-5, atol=1e-7)
+            assert_allclose(server.ema_abs, reference.ema_abs, rtol=1e-5, atol=1e-7)
+        masks.add(tuple(reference.active))
+    assert any(reference.weights)
+    # Where everything is frozen again within the round, the mask is always empty.
+    assert len(masks) > 5 or (freeze, thaw_exchange) == ("always", "same_round")
+
+
+def test_coordinates_do_not_know_how_many_they_are() -> None:
+    """A model too large for one block behaves like many small ones side by side."""
+    config = GWPFConfig(
+        freeze_rule="threshold",
+        ema=0.75,
+        thaw_signal="consistency",
+        thaw_rule="quorum",
+        thaw_quorum=0.5,
+    )
+    times = 4000
+
+    def tiled(client: int, exchange: int) -> np.ndarray:
+        return np.tile(lively(client, exchange), times)
+
+    few = ScriptedFederation(lively, config)
+    many = ScriptedFederation(tiled, config, dimension=24 * times)
+    shares = set()
+    for _ in range(15):
+        shares.add(few.play().frozen_fraction)
+        many.play()
+        for name in ("weights", "mask", "ema", "ema_abs"):
+            expected = getattr(few.strategy, name).repeat(times)
+            assert torch.equal(getattr(many.strategy, name), expected)
+    assert len(shares) > 5
+
+
+# ---- what must hold whatever happens --------------------------------------------------
+
+
+def _refused(answer: FitRes) -> FitRes:
+    return with_tensors(answer, [t[:-1] for t in answer.parameters.tensors])
+
+
+@pytest.mark.parametrize("frozen_update", ["residual", "drift"])
+@pytest.mark.parametrize("thaw_exchange", ["next_round", "same_round"])
+@pytest.mark.parametrize("freeze_rule", ["always", "threshold"])
+def test_nothing_that_is_learned_gets_lost(
+    freeze_rule: str, thaw_exchange: str, frozen_update: str
+) -> None:
+    """All deltas are either in the model or pending at the client that learned them.
+
+    For every coordinate after every round, although messages do not arrive, answers
+    get lost or are refused, and not every client is asked.
+    """
+    learned = np.zeros(24)
+
+    def script(client: int, exchange: int) -> np.ndarray:
+        nonlocal learned
+        steps = lively(client, exchange)
+        learned += steps.sum(0)
+        return steps
+
+    config = GWPFConfig(
+        freeze_rule=freeze_rule,
+        ema=0.75,
+        frozen_update=frozen_update,
+        vote_fraction=0.2,
+        thaw_budget=0.15,
+        thaw_exchange=thaw_exchange,
+    )
+    federation = ScriptedFederation(script, config, num_clients=5, fraction_fit=0.8)
+    server, rng = federation.strategy, np.random.default_rng(0)
+    outcomes = set()
+    for _ in range(80):
+        for node in federation.nodes:
+            luck = rng.choice(["good", "deaf", "lost", "refused", "later"])
+            node.reachable = luck != "deaf"
+            node.tamper = {"lost": lose, "refused": _refused}.get(luck)
+            if luck == "later":  # the first answer arrives, that to a follow-up does not
+                node.tamper = _once(node)
+        record = federation.play()
+        outcomes.add((record.clients, record.failures))
+        pending = sum(federation.pending(i).astype(float) for i in range(5))
+        assert_allclose(server.applied + pending, learned, rtol=0, atol=1e-4)
+    # Rounds of all kinds, and in the end most of it is in the model.
+    assert {clients for clients, _ in outcomes} >= {0, 1, 2, 3}
+    assert np.abs(server.applied.numpy()).sum() > 0.5 * np.abs(learned).sum()
+
+
+def _once(node: Node) -> Callable[[FitRes], FitRes]:
+    def tamper(answer: FitRes) -> FitRes:
+        node.tamper = lose
+        return answer
+
+    return tamper
+
+
+@pytest.mark.parametrize("thaw_exchange", ["next_round", "same_round"])
+def test_always_keeps_to_its_budget_and_leaves_the_rest_alone(
+    thaw_exchange: str,
+) -> None:
+    """Real training: the budget is sent, and nothing else changes by a single bit."""
+    federation = small(
+        [50, 60, 70],
+        TrainingConfig(local_steps=2, batch_size=10),
+        options={"thaw_exchange": thaw_exchange},
+    )
+    server = federation.strategy
+    assert server.dimension == 395
+    for number in range(12):
+        before = server.weights.clone()
+        record = federation.play()
+        changed = server.weights.view(torch.int32) != before.view(torch.int32)
+        assert not changed[~server.asked].any()
+        # ceil(0.02 * 395); with votes first, the first round sends nothing else.
+        sent = 0 if thaw_exchange == "next_round" and number == 0 else 8
+        assert int(changed.sum()) == sent
+        assert record.sent_fraction == pytest.approx(sent / 395)
+        assert int(server.mask.sum()) == (8 if thaw_exchange == "next_round" else 0)
+
+
+def test_no_more_is_thawed_than_has_votes() -> None:
+    """Coordinates that never move are never sent to fill up the budget."""
+
+    def script(client: int, exchange: int) -> np.ndarray:
+        steps = np.zeros((1, 24), np.float32)
+        steps[0, [2, 3, 19]] = 1
+        return steps
+
+    config = GWPFConfig(vote_fraction=0.5, thaw_budget=0.5)
+    federation = ScriptedFederation(script, config)
+    federation.play(2)
+    assert np.flatnonzero(federation.strategy.weights).tolist() == [2, 3, 19]
+    # All three have just been sent, so nothing is pending that could be voted for.
+    assert not federation.strategy.mask.any()
+
+
+def test_the_first_round_is_not_dense() -> None:
+    """With `always` voting starts at once; the paper's rule sends everything."""
+    for rule, share in (("always", 0.0), ("threshold", 1.0)):
+        federation = ScriptedFederation(lively, GWPFConfig(freeze_rule=rule))
+        record = federation.play()
+        assert (record.sent_fraction, record.frozen_fraction) == (share, 1 - share)
+
+
+def test_tighten_halves_once_for_each_upward_crossing_down_to_the_floor() -> None:
+    """Staying above the mark does not halve again; falling below arms it anew."""
+
+    def script(client: int, exchange: int) -> np.ndarray:
+        # By turns of ten rounds everything agrees or trembles.
+        agree = exchange // 10 % 2 == 0
+        steps = np.ones((4, 24), np.float32)
+        steps[1::2] *= 1 if agree else -1
+        return steps
+
+    config = GWPFConfig(
+        freeze_rule="threshold",
+        ema=0.5,
+        tighten=True,
+        threshold_floor=0.1,
+        thaw_signal="consistency",
+        thaw_rule="quorum",
+    )
+    federation = ScriptedFederation(script, config)
+    server = federation.strategy
+    thresholds, crossings, above_for, above = [0.5], 0, 0, False
+    for _ in range(120):
+        federation.play()
+        was_above, above = above, 1 - server.mask.float().mean() > TIGHTEN_SHARE
+        crosses = bool(above and not was_above)
+        crossings += crosses
+        above_for += bool(above and was_above)
+        expected = max(thresholds[-1] / 2, 0.1) if crosses else thresholds[-1]
+        assert server.threshold == expected
+        thresholds.append(server.threshold)
+    assert crossings >= 4 and above_for > 20
+    assert sorted(set(thresholds), reverse=True) == [0.5, 0.25, 0.125, 0.1]
+
+
+# ---- configuration ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("freeze_rule", ["never", None]),
+        ("frozen_update", ["keep", None]),
+        ("thaw_signal", ["random", None]),
+        ("thaw_rule", ["all", None]),
+        ("thaw_exchange", ["never", None]),
+        ("freeze_threshold", [0, -1, 1.1, math.nan, True, "0.5", None]),
+        ("threshold_floor", [0, 1.1, math.nan]),
+        ("thaw_threshold", [0, 1.1, math.nan]),
+        ("vote_fraction", [0, 1.1, math.nan]),
+        ("thaw_budget", [0, 1.1, math.nan]),
+        ("ema", [-0.1, 1, math.nan, True, None]),
+        ("thaw_quorum", [-0.1, 1.1, math.nan, True, None]),
+        ("tighten", [0, "true", None]),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named(key: str, values: list[object]) -> None:
+    """The message begins with the key and the value, as the user wrote them."""
+    for value in values:
+        with pytest.raises(ConfigError) as caught:
+            GWPFConfig(**{key: value})  # type: ignore[arg-type]
+        assert str(caught.value).startswith(f"method.{key}={value}: must be ")

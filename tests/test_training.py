@@ -1,0 +1,215 @@
+"""Tests of the local loop: where it begins, goes on and ends."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from federation import digits, small_net
+from numpy.testing import assert_array_equal
+
+from gwpf_baseline.params import FlatModel
+from gwpf_baseline.training import Batches, TrainingConfig, evaluate, train
+from gwpf_baseline.utils import ConfigError
+
+DATA = digits()
+ROWS = np.arange(100, 137)
+
+
+def batches(seed: int = 0, client: int = 0) -> Batches:
+    """Return the stream of a client with 37 examples."""
+    return Batches(DATA, ROWS, seed, client)
+
+
+def trained(config: TrainingConfig, rounds: int) -> tuple[torch.Tensor, int]:
+    """Run some rounds and return the weights and the cursor."""
+    model, cursor, moments = FlatModel(small_net()), 0, None
+    for _ in range(rounds):
+        _, cursor, moments = train(model, batches(), config, cursor, moments)
+    return model.vector.detach().clone(), cursor
+
+
+# ---- the stream of samples ----------------------------------------------------------
+
+
+def test_the_stream_is_one_permutation_an_epoch() -> None:
+    """Each epoch holds every example once, in an order of its own."""
+    epochs = batches().rows(0, 5 * len(ROWS)).reshape(5, -1)
+    for epoch in epochs:
+        assert_array_equal(np.sort(epoch), ROWS)
+    assert len({tuple(epoch) for epoch in epochs}) == 5
+
+
+@pytest.mark.parametrize("sizes", [[1] * 150, [7] * 22, [37] * 4, [100, 3, 48]])
+def test_the_stream_does_not_depend_on_how_it_is_cut(sizes: list[int]) -> None:
+    """Into batches within, at and across the ends of epochs."""
+    whole = batches().rows(0, sum(sizes))
+    cut, stream, cursor = [], batches(), 0
+    for size in sizes:
+        cut.append(stream.rows(cursor, size))
+        cursor += size
+    assert_array_equal(np.concatenate(cut), whole)
+
+
+def test_any_place_of_the_stream_can_be_read_at_once() -> None:
+    """A position is all the state there is; going back is as good as going on."""
+    whole = batches().rows(0, 200)
+    stream = batches()
+    for cursor in (170, 0, 36, 37, 73, 5):
+        assert_array_equal(stream.rows(cursor, 30), whole[cursor : cursor + 30])
+
+
+def test_clients_and_seeds_have_orders_of_their_own() -> None:
+    """Even where they hold the same rows."""
+    orders = [
+        tuple(batches(seed, client).rows(0, 37))
+        for seed, client in ((0, 0), (0, 1), (1, 0), (1, 1))
+    ]
+    assert len(set(orders)) == 4
+
+
+def test_a_batch_may_be_larger_than_the_data() -> None:
+    """It wraps around as often as it has to."""
+    rows = batches().rows(0, 100)
+    assert_array_equal(np.unique(rows), ROWS)
+    assert len(rows) == 100
+
+
+# ---- rounds -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("rounds", [2, 5, 10])
+def test_ten_steps_are_ten_steps_however_many_rounds(
+    optimizer: str, rounds: int
+) -> None:
+    """Data and moments go on where they stopped: the same weights to the bit."""
+    config: dict[str, Any] = {
+        "batch_size": 8,
+        "optimizer": optimizer,
+        "momentum": 0.9,
+        "weight_decay": 0.01,
+        "lr": 0.01,
+        "persist_optimizer": True,
+    }
+    at_once, cursor = trained(TrainingConfig(local_steps=10, **config), 1)
+    split, end = trained(TrainingConfig(local_steps=10 // rounds, **config), rounds)
+    assert torch.equal(split, at_once)
+    assert cursor == end == 80
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_without_persist_optimizer_each_round_begins_anew(optimizer: str) -> None:
+    """Momentum then ends with the round, and there is nothing to keep."""
+    config = TrainingConfig(
+        local_steps=5, batch_size=8, optimizer=optimizer, momentum=0.9
+    )
+    model = FlatModel(small_net())
+    _, cursor, moments = train(model, batches(), config, 0)
+    assert moments == {}
+    train(model, batches(), config, cursor)
+    split, _ = trained(config, 2)
+    assert torch.equal(split, model.vector)
+    longer = TrainingConfig(
+        local_steps=10, batch_size=8, optimizer=optimizer, momentum=0.9
+    )
+    assert not torch.equal(split, trained(longer, 1)[0])
+
+
+def test_a_round_follows_from_its_place_in_the_stream_alone() -> None:
+    """Whatever the process drew before, dropout draws the same."""
+    config = TrainingConfig(local_steps=3, batch_size=8)
+
+    def run() -> torch.Tensor:
+        net = torch.nn.Sequential(torch.nn.Dropout(0.5), small_net())
+        model = FlatModel(net)
+        train(model, batches(), config, cursor=40)
+        return model.vector.detach()
+
+    first = run()
+    torch.rand(5)
+    assert torch.equal(run(), first)
+
+
+def test_every_step_is_shown() -> None:
+    """The hook sees the vector after each one; the loss is their mean."""
+    config = TrainingConfig(local_steps=4, batch_size=8)
+    model, shown = FlatModel(small_net()), []
+    loss, cursor, _ = train(
+        model, batches(), config, 0, on_step=lambda v: shown.append(v.clone())
+    )
+    assert len(shown) == 4 and cursor == 32
+    assert torch.equal(shown[-1], model.vector.detach())
+    assert len({tuple(v.tolist()) for v in shown}) == 4
+    single = TrainingConfig(local_steps=1, batch_size=8)
+    model, losses = FlatModel(small_net()), []
+    for step in range(4):
+        losses.append(train(model, batches(), single, 8 * step)[0])
+    assert loss == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("local_epochs", "batch_size", "steps"),
+    [(1, 37, 1), (1, 10, 4), (2, 10, 8), (0.5, 10, 2), (0.01, 10, 1), (1, 100, 1)],
+)
+def test_local_epochs_are_whole_batches(
+    local_epochs: float, batch_size: int, steps: int
+) -> None:
+    """Rounded up, and instead of `local_steps`."""
+    config = TrainingConfig(
+        local_steps=99, local_epochs=local_epochs, batch_size=batch_size
+    )
+    assert config.steps(len(ROWS)) == steps
+    _, cursor = trained(config, 1)
+    assert cursor == steps * batch_size
+
+
+def test_training_learns_and_evaluation_measures() -> None:
+    """Real digits, from guessing to mostly right; batches of any size agree."""
+    model = FlatModel(small_net())
+    before, guessing = evaluate(model, DATA)
+    stream = Batches(DATA, np.arange(1500), 0, 0)
+    config = TrainingConfig(local_steps=300, batch_size=50, lr=0.1)
+    loss, _, _ = train(model, stream, config, 0)
+    after, accuracy = evaluate(model, DATA)
+    assert guessing < 0.3 and accuracy > 0.8
+    assert loss < before and after < before
+    assert evaluate(model, DATA, batch_size=7) == pytest.approx((after, accuracy))
+
+
+# ---- configuration ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("local_steps", [0, -1, 1.5, True, "5", None]),
+        ("batch_size", [0, -1, 1.5, True, "5", None]),
+        ("local_epochs", [0, -1, math.nan, math.inf, True, "1"]),
+        ("lr", [0, -0.1, math.nan, math.inf, True, "0.1", None]),
+        ("momentum", [-0.1, 1, math.nan, True, "0.9", None]),
+        ("weight_decay", [-0.1, math.nan, math.inf, True, "0", None]),
+        ("optimizer", ["SGD", "rmsprop", None, 1]),
+        ("precision", ["fp16", "", None]),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named(key: str, values: list[object]) -> None:
+    """The message begins with the key and the value, as the user wrote them."""
+    for value in values:
+        with pytest.raises(ConfigError) as caught:
+            TrainingConfig(**{key: value})  # type: ignore[arg-type]
+        assert str(caught.value).startswith(f"{key}={value}: must be ")
+
+
+def test_the_ends_of_the_ranges_can_be_used() -> None:
+    """The smallest of everything."""
+    config = TrainingConfig(
+        local_steps=1,
+        local_epochs=1e-9,
+        batch_size=1,
+        lr=1e-12,
+        momentum=0,
+        weight_decay=0,
+    )
+    assert config.steps(1) == 1
