@@ -173,7 +173,9 @@ def flower_round_seconds(cfg: DictConfig, client_fn: ClientFn) -> list[float]:
         strategy = FedAvg(
             fraction_evaluate=0.0,
             min_available_clients=cfg.num_clients,
-            initial_parameters=ndarrays_to_parameters(get_weights(workbench(cfg).model)),
+            initial_parameters=ndarrays_to_parameters(
+                get_weights(workbench(cfg).model)
+            ),
             on_fit_config_fn=lambda server_round: {"round": server_round},
             evaluate_fn=clock,
         )

@@ -31,7 +31,9 @@ def main() -> None:
             size = sum(len(tensor) for tensor in parameters.tensors)
             bits = 32 * active + votes.size * binary_entropy(votes.mean())
             ratio = 8 * size / bits
-            rows.append((f"{dimension:,}", density, f"{size:,}", f"{ratio:.4f}", "1.02"))
+            rows.append(
+                (f"{dimension:,}", density, f"{size:,}", f"{ratio:.4f}", "1.02")
+            )
     columns = ("parameters", "density", "bytes", "bytes / entropy", "goal <=")
     show("One upload", columns, rows, options)
 

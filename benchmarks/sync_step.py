@@ -1,7 +1,7 @@
 """The synchronisation step of each method against one dense mean of the same floats.
 
-Times are medians, with the reference timed in turn; memory is what a step needs beyond its
-inputs and the method's lasting state, in vectors of d floats.
+Times are medians, with the reference timed in turn; memory is what a step needs beyond
+its inputs and the method's lasting state, in vectors of d floats.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from gwpf_baseline.methods import Method, load_method
 from gwpf_baseline.methods.fedavg import FedAvgStrategy
 from gwpf_baseline.methods.gwpf import GWPFStrategy, GWPFUpload
 from gwpf_baseline.params import FlatModel
-from gwpf_baseline.strategy import SyncStrategy
 from gwpf_baseline.wire import (
     BoolVector,
     Header,

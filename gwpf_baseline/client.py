@@ -228,7 +228,7 @@ class SyncClient(NumPyClient):
             self.training,
             state.cursor,
             state.moments,
-            on_step,
+            on_step=on_step,
         )
         for name, value in moments.items():
             state.arrays[f"moment.{name}"] = value

@@ -126,7 +126,7 @@ def as_config_error(error: Exception, overrides: Sequence[str] = ()) -> ConfigEr
         return ConfigError(key, given.get(key, ""), allowed)
     text = " ".join(str(error.__cause__ or error).split())
     # OmegaConf adds where in its own tree the value stands, which says nothing new.
-    return ConfigError("overrides", text.split(" full_key:")[0], "key=value")
+    return ConfigError("overrides", text.partition(" full_key:")[0], "key=value")
 
 
 def checked(cfg: DictConfig) -> DictConfig:

@@ -103,7 +103,7 @@ def run_server(
     if cfg.resume:
         strategy.load_state(CheckpointFolder(cfg.resume).server_state())
         history.restore(strategy.records)
-    remaining = cfg.num_rounds - strategy.first_round + 1
+    remaining = cfg.num_rounds - len(strategy.records)
     server = Server(client_manager=SimpleClientManager(), strategy=strategy)
     # Every client of a round is under way at once; Flower queues them for the workers.
     server.set_max_workers(min(cfg.num_clients, 128))

@@ -9,8 +9,7 @@ import logging
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -20,7 +19,6 @@ from flwr.common import (
     EvaluateRes,
     FitIns,
     FitRes,
-    GetPropertiesIns,
     Parameters,
     Scalar,
     ndarrays_to_parameters,
@@ -34,7 +32,7 @@ from torch import nn
 from gwpf_baseline.checkpoint import CheckpointFolder
 from gwpf_baseline.history import RoundRecord
 from gwpf_baseline.params import buffers_to_vector, parameters_to_vector, to_ndarrays
-from gwpf_baseline.utils import ConfigError, derive_seed
+from gwpf_baseline.roster import ClientRecord, Roster
 from gwpf_baseline.wire import (
     BoolVector,
     Header,
@@ -58,43 +56,83 @@ EvaluateFn = Callable[[int, torch.Tensor, torch.Tensor], tuple[float, float] | N
 
 
 @dataclass
-class ClientRecord:
-    """What the server knows of one client.
+class _Round:
+    """The round under way: what it cost so far, and the sums of its exchange."""
 
-    Parameters
-    ----------
-    version : int
-        The model version that the client confirmed to hold: an exchange's number, 0
-        for the initial weights, -1 for none.
-    accepted : int, default 0
-        The last exchange whose upload was used.
-    """
-
-    version: int
-    accepted: int = 0
-
-
-@dataclass
-class RoundCounts:
-    """What one round cost and how it went.
-
-    Parameters
-    ----------
-    uplink_bytes, downlink_bytes : int
-        Sums over the clients of the lengths of ``Parameters.tensors``.
-    asked : int
-        Clients sampled.
-    accepted : int
-        Clients whose upload was used.
-    failures : int
-        Clients that failed, or whose payload was refused.
-    """
-
-    uplink_bytes: int = 0
-    downlink_bytes: int = 0
     asked: int = 0
     accepted: int = 0
     failures: int = 0
+    uplink_bytes: int = 0
+    downlink_bytes: int = 0
+    losses: list[float] = field(default_factory=list)
+    # Of the exchange under way:
+    mask: BoolVector | None = None
+    clients: set[int] = field(default_factory=set)
+    buffer_sum: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+
+
+class _Ledger:
+    """The records of all rounds.
+
+    Parameters
+    ----------
+    dense_bytes : int
+        Bytes of one dense model, as FedAvg would send it.
+    on_round : callable or None
+        Gets each round's record.
+    """
+
+    def __init__(
+        self, dense_bytes: int, on_round: Callable[[RoundRecord], None] | None
+    ) -> None:
+        self.dense_bytes = dense_bytes
+        self.on_round = on_round
+        self.records: list[RoundRecord] = []
+        self.first_round = 1
+        self._started = time.monotonic()
+
+    def restore(self, records: list[RoundRecord]) -> None:
+        """Go on after a resumed run's records."""
+        self.records = records
+        if records:
+            self.first_round = records[-1].round + 1
+            self._started = time.monotonic() - records[-1].seconds
+
+    def absolute(self, server_round: int) -> int:
+        """Return a round's number; Flower counts a resumed run's from 1 again."""
+        return self.first_round + server_round - 1
+
+    def close(
+        self,
+        number: int,
+        this: _Round,
+        measured: tuple[float, float] | None,
+        metrics: dict[str, float],
+    ) -> None:
+        """Add the record of a round."""
+        last = self.records[-1] if self.records else None
+        dense = 2 * this.asked * self.dense_bytes
+        record = RoundRecord(
+            round=number,
+            seconds=time.monotonic() - self._started,
+            test_accuracy=measured[1] if measured else None,
+            test_loss=measured[0] if measured else None,
+            train_loss=float(np.mean(this.losses)) if this.losses else None,
+            uplink_bytes=this.uplink_bytes,
+            downlink_bytes=this.downlink_bytes,
+            cumulative_uplink_bytes=this.uplink_bytes
+            + (last.cumulative_uplink_bytes if last else 0),
+            cumulative_downlink_bytes=this.downlink_bytes
+            + (last.cumulative_downlink_bytes if last else 0),
+            dense_bytes=dense + (last.dense_bytes if last else 0),
+            frozen_fraction=metrics.get("frozen_fraction"),
+            sent_fraction=metrics.get("sent_fraction"),
+            clients=this.accepted,
+            failures=this.failures,
+        )
+        self.records.append(record)
+        if self.on_round is not None:
+            self.on_round(record)
 
 
 class SyncStrategy(Strategy, Generic[Upload]):
@@ -146,7 +184,7 @@ class SyncStrategy(Strategy, Generic[Upload]):
     #: Whether clients get the whole model every time, which FedAvg is defined by.
     dense_downlink = False
 
-    def __init__(
+    def __init__(  # pylint: disable=too-many-arguments
         self,
         model: nn.Module,
         *,
@@ -162,14 +200,12 @@ class SyncStrategy(Strategy, Generic[Upload]):
         checkpoint_every: int = 0,
     ) -> None:
         self.model = model
-        self.num_clients = num_clients
-        self.fraction_fit = fraction_fit
+        self.roster = Roster(
+            num_clients, fraction_fit, seed, connect_timeout, round_timeout
+        )
         self.seed = seed
         self.weighting = weighting
         self.evaluate_fn = evaluate_fn
-        self.on_round = on_round
-        self.connect_timeout = connect_timeout
-        self.round_timeout = round_timeout
         self.checkpoints = checkpoints
         self.checkpoint_every = checkpoint_every
 
@@ -177,21 +213,14 @@ class SyncStrategy(Strategy, Generic[Upload]):
         self.buffers = buffers_to_vector(model)
         self.last_changed = torch.zeros(self.dimension, dtype=torch.int32)
         self.exchange = 0
-        self.clients: dict[int, ClientRecord] = {}
-        self.records: list[RoundRecord] = []
-        self.first_round = 1
-
-        self._proxies: dict[int, ClientProxy] = {}
-        self._ids: dict[str, int] = {}
-        self._started = time.monotonic()
-        self._mask: BoolVector | None = None
-        self._asked: set[int] = set()
-        self._reset_round()
+        self.follow_up = False
+        self._round = _Round()
         self._checksum = initial_checksum(self.weights.numpy())
-        self._dense_bytes = _size(self._dense_message())
+        self._ledger = _Ledger(_size(self._dense_message()), on_round)
 
     # ---- what a method adds -------------------------------------------------------
 
+    @abstractmethod
     def begin_exchange(self) -> BoolVector | None:
         """Start the exchange's sums afresh.
 
@@ -201,7 +230,6 @@ class SyncStrategy(Strategy, Generic[Upload]):
             bool ``(d,)``, the coordinates that clients are to upload; None if the
             method sends no mask.
         """
-        return None
 
     @abstractmethod
     def read_upload(self, reader: Reader) -> Upload:
@@ -272,6 +300,16 @@ class SyncStrategy(Strategy, Generic[Upload]):
         """Return d, the number of trainable parameters."""
         return self.weights.numel()
 
+    @property
+    def clients(self) -> dict[int, ClientRecord]:
+        """Return what each client holds, by its partition id."""
+        return self.roster.records
+
+    @property
+    def records(self) -> list[RoundRecord]:
+        """Return the records of all rounds."""
+        return self._ledger.records
+
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters:
         """Return the initial model in the shapes of its state dict."""
         return self.parameters()
@@ -285,31 +323,29 @@ class SyncStrategy(Strategy, Generic[Upload]):
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, FitIns]]:
         """Sample the round's clients and write to each what it lacks."""
-        self._reset_round()
-        self._identify(client_manager)
-        available = sorted(self._proxies)
-        if not available:
-            log.warning("round %d: no client", self._absolute(server_round))
+        number = self._ledger.absolute(server_round)
+        self._round = _Round()
+        clients = self.roster.sample(number, client_manager)
+        if not clients:
+            log.warning("round %d: no client is available", number)
             return []
-        count = max(1, round(self.fraction_fit * len(available)))
-        seed = derive_seed(self.seed, "sample", self._absolute(server_round))
-        chosen = np.random.default_rng(seed).choice(available, count, replace=False)
-        self._counts.asked = count
-        return self._open_exchange(sorted(chosen.tolist()), server_round, False)
+        self._round.asked = len(clients)
+        return self._open_exchange(clients, number, follow_up=False)
 
     def aggregate_fit(
         self, server_round: int, results: Results, failures: Failures
     ) -> tuple[Parameters | None, dict[str, Scalar]]:
         """Use every sound upload, and ask again where the method wants to."""
         accepted = self._close_exchange(results, failures)
-        self._counts.accepted = len(accepted)
+        self._round.accepted = len(accepted)
         if accepted and self.wants_follow_up():
-            instructions = self._open_exchange(accepted, server_round, True)
-            self._close_exchange(
-                *fit_clients(
-                    instructions, len(instructions), self.round_timeout, server_round
-                )
+            number = self._ledger.absolute(server_round)
+            instructions = self._open_exchange(accepted, number, follow_up=True)
+            timeout = self.roster.answer_timeout
+            answers = fit_clients(
+                instructions, len(instructions), timeout, server_round
             )
+            self._close_exchange(*answers)
         return self.parameters(), {}
 
     def evaluate(
@@ -318,13 +354,16 @@ class SyncStrategy(Strategy, Generic[Upload]):
         """Measure the global model and close the round's record."""
         if server_round == 0:
             return None
-        number = self._absolute(server_round)
+        number = self._ledger.absolute(server_round)
         measured = None
         if self.evaluate_fn is not None:
             measured = self.evaluate_fn(number, self.weights, self.buffers)
-        self._add_record(number, measured)
+        metrics = self.metrics() if self._round.accepted else {}
+        self._ledger.close(number, self._round, measured, metrics)
         if self.checkpoint_every and number % self.checkpoint_every == 0:
-            self._checkpoint(number)
+            assert self.checkpoints is not None
+            self.roster.ask_to_save(number)
+            self.checkpoints.commit(number, self.state())
         return None if measured is None else (measured[0], {"accuracy": measured[1]})
 
     def configure_evaluate(
@@ -345,12 +384,13 @@ class SyncStrategy(Strategy, Generic[Upload]):
     # ---- exchanges ----------------------------------------------------------------
 
     def _open_exchange(
-        self, clients: Sequence[int], server_round: int, follow_up: bool
+        self, clients: Sequence[int], number: int, follow_up: bool
     ) -> list[tuple[ClientProxy, FitIns]]:
         self.exchange += 1
         self.follow_up = follow_up
-        self._mask = self.begin_exchange()
-        self._asked = set(clients)
+        self._round.buffer_sum = torch.zeros_like(self.buffers)
+        self._round.clients = set(clients)
+        self._round.mask = self.begin_exchange()
         # Clients that hold the same version, mostly all of them, share one message.
         messages: dict[tuple[int, int], Parameters] = {}
         instructions = []
@@ -359,9 +399,9 @@ class SyncStrategy(Strategy, Generic[Upload]):
             key = (record.version, record.accepted)
             if key not in messages:
                 messages[key] = self._message(record)
-            self._counts.downlink_bytes += _size(messages[key])
-            config: dict[str, Scalar] = {"round": self._absolute(server_round)}
-            instructions.append((self._proxies[client], FitIns(messages[key], config)))
+            self._round.downlink_bytes += _size(messages[key])
+            ins = FitIns(messages[key], {"round": number})
+            instructions.append((self.roster.proxy(client), ins))
         return instructions
 
     def _message(self, record: ClientRecord) -> Parameters:
@@ -370,7 +410,7 @@ class SyncStrategy(Strategy, Generic[Upload]):
         last = self.exchange - 1
         # A client whose upload was used last time knows which coordinates changed:
         # those that it was asked for.
-        masked = self._mask is not None and record.accepted == last > 0
+        masked = self._round.mask is not None and record.accepted == last > 0
         kind = Kind.MASKED if masked else Kind.CHANGES
         writer = Writer(self._header(kind, record))
         changed = self.last_changed.numpy() > record.version
@@ -396,23 +436,23 @@ class SyncStrategy(Strategy, Generic[Upload]):
         )
 
     def _complete(self, writer: Writer, values: np.ndarray) -> Parameters:
-        if self._mask is not None:
-            writer.bitmap(self._mask)
+        if self._round.mask is not None:
+            writer.bitmap(self._round.mask)
         writer.vector(values)
         if not self.follow_up:
             writer.vector(self.buffers.numpy())
         return ndarrays_to_parameters(writer.arrays())
 
     def _close_exchange(self, results: Results, failures: Failures) -> list[int]:
-        known = [(self._ids[proxy.cid], result) for proxy, result in results]
-        silent = self._asked.difference(client for client, _ in known)
+        known = [(self.roster.client(proxy), result) for proxy, result in results]
+        silent = self._round.clients.difference(client for client, _ in known)
         for failure in failures:
             self._fail(silent, failure)
         accepted: list[int] = []
         total_weight = 0.0
         # Floating-point sums depend on their order: not the order of arrival.
         for client, result in sorted(known, key=lambda item: item[0]):
-            self._counts.uplink_bytes += _size(result.parameters)
+            self._round.uplink_bytes += _size(result.parameters)
             try:
                 weight = self._weight(result)
                 upload, buffers = self._read(client, result.parameters)
@@ -421,7 +461,7 @@ class SyncStrategy(Strategy, Generic[Upload]):
                 continue
             self.add_upload(upload, weight)
             if not self.follow_up:
-                self._buffer_sum.add_(as_tensor(buffers), alpha=weight)
+                self._round.buffer_sum.add_(as_tensor(buffers), alpha=weight)
                 self._add_loss(result)
             self.clients[client] = ClientRecord(self.exchange - 1, self.exchange)
             accepted.append(client)
@@ -433,7 +473,7 @@ class SyncStrategy(Strategy, Generic[Upload]):
             else:
                 self.last_changed.masked_fill_(changed, self.exchange)
             if not self.follow_up:
-                torch.div(self._buffer_sum, total_weight, out=self.buffers)
+                torch.div(self._round.buffer_sum, total_weight, out=self.buffers)
         return accepted
 
     def _read(self, client: int, parameters: Parameters) -> tuple[Upload, np.ndarray]:
@@ -470,123 +510,20 @@ class SyncStrategy(Strategy, Generic[Upload]):
         return float(result.num_examples)
 
     def _fail(self, suspects: set[int], reason: object) -> None:
-        self._counts.failures += 1
+        self._round.failures += 1
         if isinstance(reason, tuple):
             proxy, result = reason
-            suspects, reason = {self._ids[proxy.cid]}, result.status.message
+            suspects, reason = {self.roster.client(proxy)}, result.status.message
         # Flower does not say whose exception it is, only that somebody is silent.
         who = " or ".join(str(client) for client in sorted(suspects))
         log.warning("client %s left out of exchange %d: %s", who, self.exchange, reason)
 
-    # ---- clients ------------------------------------------------------------------
-
-    def _identify(self, client_manager: ClientManager) -> None:
-        """Learn which partition each node serves.
-
-        Flower's node ids are random; partition ids make a run repeatable.
-        """
-        if not self._proxies and not client_manager.wait_for(
-            self.num_clients, int(self.connect_timeout)
-        ):
-            raise ConfigError(
-                "num_clients",
-                self.num_clients,
-                f"at most the number of connected nodes, "
-                f"{client_manager.num_available()}; for a simulation by flwr run: "
-                f'--federation-config "num-supernodes={self.num_clients}"',
-            )
-        proxies = client_manager.all()
-        new = [proxy for cid, proxy in proxies.items() if cid not in self._ids]
-
-        def ask(proxy: ClientProxy) -> int | None:
-            try:
-                answer = proxy.get_properties(
-                    GetPropertiesIns({}), timeout=self.round_timeout, group_id=None
-                )
-                return int(answer.properties["partition-id"])
-            # Whatever goes wrong on a node must not end the others' round.
-            except Exception as error:  # pylint: disable=broad-exception-caught
-                log.warning("node %s is left out: %s", proxy.cid, error)
-                return None
-
-        if new:
-            with ThreadPoolExecutor(max_workers=min(64, len(new))) as pool:
-                for proxy, client in zip(new, pool.map(ask, new), strict=True):
-                    if client is not None:
-                        self._ids[proxy.cid] = client
-        self._proxies = {}
-        for cid in sorted(proxies):
-            client = self._ids.get(cid)
-            if client is None:
-                continue
-            if client in self._proxies:
-                log.warning("node %s also claims partition %d: left out", cid, client)
-                continue
-            self._proxies[client] = proxies[cid]
-            self.clients.setdefault(client, ClientRecord(version=0))
-
-    # ---- records and checkpoints --------------------------------------------------
-
-    def _reset_round(self) -> None:
-        self._counts = RoundCounts()
-        self.follow_up = False
-        self._mask = None
-        self._asked = set()
-        self._losses: list[float] = []
-        self._buffer_sum = torch.zeros_like(self.buffers)
-
-    def _absolute(self, server_round: int) -> int:
-        # Flower counts a resumed run's rounds from 1 again.
-        return self.first_round + server_round - 1
-
     def _add_loss(self, result: FitRes) -> None:
         loss = result.metrics.get("train_loss")
         if isinstance(loss, float) and np.isfinite(loss):
-            self._losses.append(loss)
+            self._round.losses.append(loss)
 
-    def _add_record(self, number: int, measured: tuple[float, float] | None) -> None:
-        counts = self._counts
-        last = self.records[-1] if self.records else None
-        metrics = self.metrics() if counts.accepted else {}
-        record = RoundRecord(
-            round=number,
-            seconds=time.monotonic() - self._started,
-            test_accuracy=measured[1] if measured else None,
-            test_loss=measured[0] if measured else None,
-            train_loss=float(np.mean(self._losses)) if self._losses else None,
-            uplink_bytes=counts.uplink_bytes,
-            downlink_bytes=counts.downlink_bytes,
-            cumulative_uplink_bytes=counts.uplink_bytes
-            + (last.cumulative_uplink_bytes if last else 0),
-            cumulative_downlink_bytes=counts.downlink_bytes
-            + (last.cumulative_downlink_bytes if last else 0),
-            dense_bytes=2 * counts.asked * self._dense_bytes
-            + (last.dense_bytes if last else 0),
-            frozen_fraction=metrics.get("frozen_fraction"),
-            sent_fraction=metrics.get("sent_fraction"),
-            clients=counts.accepted,
-            failures=counts.failures,
-        )
-        self.records.append(record)
-        if self.on_round is not None:
-            self.on_round(record)
-
-    def _checkpoint(self, number: int) -> None:
-        assert self.checkpoints is not None
-
-        def ask(client: int) -> None:
-            try:
-                self._proxies[client].get_properties(
-                    GetPropertiesIns({"checkpoint": number}),
-                    timeout=self.round_timeout,
-                    group_id=None,
-                )
-            except Exception as error:  # pylint: disable=broad-exception-caught
-                log.warning("client %d wrote no checkpoint: %s", client, error)
-
-        with ThreadPoolExecutor(max_workers=min(64, len(self._proxies))) as pool:
-            list(pool.map(ask, self._proxies))
-        self.checkpoints.commit(number, self.state())
+    # ---- state --------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """Return the server's whole state: tensors and values that JSON holds."""
@@ -612,11 +549,10 @@ class SyncStrategy(Strategy, Generic[Upload]):
         self.buffers.copy_(state["buffers"])
         self.last_changed.copy_(state["last_changed"])
         self.exchange = state["exchange"]
-        self.clients = {
+        self.roster.records = {
             int(client): ClientRecord(**record)
             for client, record in state["clients"].items()
         }
-        self.records = [RoundRecord(**record) for record in state["records"]]
         self.load_method_state(
             {
                 key.removeprefix("method."): value
@@ -624,9 +560,7 @@ class SyncStrategy(Strategy, Generic[Upload]):
                 if key.startswith("method.")
             }
         )
-        if self.records:
-            self.first_round = self.records[-1].round + 1
-            self._started = time.monotonic() - self.records[-1].seconds
+        self._ledger.restore([RoundRecord(**record) for record in state["records"]])
 
 
 def _size(parameters: Parameters) -> int:

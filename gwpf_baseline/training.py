@@ -185,6 +185,7 @@ def train(
     config: TrainingConfig,
     cursor: int,
     moments: dict[str, np.ndarray] | None = None,
+    *,
     on_step: StepHook | None = None,
 ) -> tuple[float, int, dict[str, np.ndarray]]:
     """Run one round's local iterations in place.

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 FORMAT_VERSION = 1
+_stream = constriction.stream  # pylint: disable=no-member  # compiled
 _MAGIC = b"GW"
 _HEADER = struct.Struct("<2sBBBIiiiII")
 # length of the bitmap, number of ones, bytes of code that follow
@@ -297,7 +298,7 @@ def encode_bitmap(bits: BoolVector) -> bytes:
     ones = int(np.count_nonzero(bits))
     code = b""
     if 0 < ones < bits.size:
-        encoder = constriction.stream.queue.RangeEncoder()
+        encoder = _stream.queue.RangeEncoder()
         encoder.encode(bits.astype(np.int32), _bernoulli(ones, bits.size))
         code = encoder.get_compressed().astype("<u4", copy=False).tobytes()
     return _BITMAP.pack(bits.size, ones, len(code)) + code
@@ -340,7 +341,7 @@ def decode_bitmap(frame: bytes, offset: int, length: int) -> tuple[BoolVector, i
     end = offset + nbytes
     if nbytes == 0:
         return np.full(length, ones > 0), end
-    decoder = constriction.stream.queue.RangeDecoder(
+    decoder = _stream.queue.RangeDecoder(
         np.frombuffer(frame, "<u4", nbytes // 4, offset).astype(np.uint32)
     )
     try:
@@ -356,7 +357,7 @@ def decode_bitmap(frame: bytes, offset: int, length: int) -> tuple[BoolVector, i
 
 
 def _bernoulli(ones: int, size: int) -> "constriction.stream.model.Bernoulli":
-    return constriction.stream.model.Bernoulli(ones / size, perfect=False)
+    return _stream.model.Bernoulli(ones / size, perfect=False)
 
 
 def parse_tensors(tensors: Sequence[bytes]) -> list[np.ndarray]:

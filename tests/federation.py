@@ -2,6 +2,7 @@
 
 import copy
 import io
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -41,6 +42,9 @@ from gwpf_baseline.methods import load_method
 from gwpf_baseline.params import FlatModel, parameters_to_vector
 from gwpf_baseline.strategy import SyncStrategy
 from gwpf_baseline.training import Batches, TrainingConfig
+
+# Every failure is meant; what the package says about it stands in its own log.
+logging.getLogger("flwr").setLevel(logging.CRITICAL)
 
 Build = Callable[[Context], SyncClient]
 

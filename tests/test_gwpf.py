@@ -1,7 +1,6 @@
 """Tests of GWPF: every function against a slow obvious one, and the whole against
 section by section loops over single coordinates."""
 
-import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -380,18 +379,13 @@ def _votes_sent(node: Node, number: int, frozen: int) -> list[bool]:
     return Reader(arrays, "gwpf", 24).bitmap(frozen).tolist()
 
 
-@pytest.mark.parametrize(
-    ("freeze", "frozen_update", "thaw_signal", "thaw_rule", "thaw_exchange"),
-    itertools.product(
-        ("always", "threshold", "tighten"),
-        ("residual", "drift"),
-        ("importance", "consistency"),
-        ("budget", "quorum"),
-        ("next_round", "same_round"),
-    ),
-)
+@pytest.mark.parametrize("thaw_exchange", ["next_round", "same_round"])
+@pytest.mark.parametrize("thaw_rule", ["budget", "quorum"])
+@pytest.mark.parametrize("thaw_signal", ["importance", "consistency"])
+@pytest.mark.parametrize("frozen_update", ["residual", "drift"])
+@pytest.mark.parametrize("freeze_rule", ["always", "threshold"])
 def test_every_round_is_what_the_definition_says(
-    freeze: str,
+    freeze_rule: str,
     frozen_update: str,
     thaw_signal: str,
     thaw_rule: str,
@@ -402,9 +396,10 @@ def test_every_round_is_what_the_definition_says(
     Two of four clients take part in a round, so residuals also wait for rounds.
     """
     config = GWPFConfig(
-        freeze_rule="always" if freeze == "always" else "threshold",
+        freeze_rule=freeze_rule,
         ema=0.75,
-        tighten=freeze == "tighten",
+        # Only the server tightens, only clients drift: one test serves both.
+        tighten=frozen_update == "drift",
         threshold_floor=0.05,
         frozen_update=frozen_update,
         thaw_signal=thaw_signal,
@@ -432,19 +427,18 @@ def test_every_round_is_what_the_definition_says(
             assert_array_equal(federation.starts[i][-1], starts[i])
             sent = _votes_sent(federation.nodes[i], answers[i], frozen)
             assert sent == votes[i], (number, i)
+            assert_array_equal(federation.pending(i), reference.residual[i])
         assert server.exchange == reference.exchange
         assert_array_equal(server.weights, reference.weights)
         assert_array_equal(server.mask, reference.active)
         assert server.threshold == reference.threshold
-        for i in range(4):
-            assert_array_equal(federation.pending(i), reference.residual[i])
-        if freeze != "always":
+        if freeze_rule == "threshold":
             assert_allclose(server.ema, reference.ema, rtol=1e-5, atol=1e-7)
             assert_allclose(server.ema_abs, reference.ema_abs, rtol=1e-5, atol=1e-7)
         masks.add(tuple(reference.active))
     assert any(reference.weights)
     # Where everything is frozen again within the round, the mask is always empty.
-    assert len(masks) > 5 or (freeze, thaw_exchange) == ("always", "same_round")
+    assert len(masks) > 5 or (freeze_rule, thaw_exchange) == ("always", "same_round")
 
 
 def test_coordinates_do_not_know_how_many_they_are() -> None:
@@ -510,7 +504,7 @@ def test_nothing_that_is_learned_gets_lost(
     federation = ScriptedFederation(script, config, num_clients=5, fraction_fit=0.8)
     server, rng = federation.strategy, np.random.default_rng(0)
     outcomes = set()
-    for _ in range(80):
+    for _ in range(60):
         for node in federation.nodes:
             luck = rng.choice(["good", "deaf", "lost", "refused", "later"])
             node.reachable = luck != "deaf"
@@ -520,7 +514,7 @@ def test_nothing_that_is_learned_gets_lost(
         record = federation.play()
         outcomes.add((record.clients, record.failures))
         pending = sum(federation.pending(i).astype(float) for i in range(5))
-        assert_allclose(server.applied + pending, learned, rtol=0, atol=1e-4)
+        assert_allclose(server.applied.numpy() + pending, learned, rtol=0, atol=1e-4)
     # Rounds of all kinds, and in the end most of it is in the model.
     assert {clients for clients, _ in outcomes} >= {0, 1, 2, 3}
     assert np.abs(server.applied.numpy()).sum() > 0.5 * np.abs(learned).sum()
@@ -586,11 +580,11 @@ def test_tighten_halves_once_for_each_upward_crossing_down_to_the_floor() -> Non
     """Staying above the mark does not halve again; falling below arms it anew."""
 
     def script(client: int, exchange: int) -> np.ndarray:
-        # By turns of ten rounds everything agrees or trembles.
-        agree = exchange // 10 % 2 == 0
-        steps = np.ones((4, 24), np.float32)
-        steps[1::2] *= 1 if agree else -1
-        return steps
+        # By turns of thirty rounds all steps agree, or they tremble and rounds differ.
+        if exchange // 30 % 2 == 0:
+            return np.ones((3, 24), np.float32)
+        sign = np.random.default_rng(exchange).choice(np.float32([-1, 1]), 24)
+        return np.stack([sign, -4 * sign, 4 * sign])
 
     config = GWPFConfig(
         freeze_rule="threshold",
@@ -600,10 +594,10 @@ def test_tighten_halves_once_for_each_upward_crossing_down_to_the_floor() -> Non
         thaw_signal="consistency",
         thaw_rule="quorum",
     )
-    federation = ScriptedFederation(script, config)
+    federation = ScriptedFederation(script, config, num_clients=1)
     server = federation.strategy
     thresholds, crossings, above_for, above = [0.5], 0, 0, False
-    for _ in range(120):
+    for _ in range(240):
         federation.play()
         was_above, above = above, 1 - server.mask.float().mean() > TIGHTEN_SHARE
         crosses = bool(above and not was_above)
@@ -612,7 +606,7 @@ def test_tighten_halves_once_for_each_upward_crossing_down_to_the_floor() -> Non
         expected = max(thresholds[-1] / 2, 0.1) if crosses else thresholds[-1]
         assert server.threshold == expected
         thresholds.append(server.threshold)
-    assert crossings >= 4 and above_for > 20
+    assert crossings >= 4 and above_for > 40
     assert sorted(set(thresholds), reverse=True) == [0.5, 0.25, 0.125, 0.1]
 
 

@@ -393,7 +393,8 @@ class GWPFStrategy(SyncStrategy[GWPFUpload]):
             values.lerp_(torch.from_numpy(value), 1.0 - self.config.ema)
             average.numpy()[index] = values.numpy()
             moved.append(values)
-        return is_stable(*moved, self.threshold).numpy()
+        ema, ema_abs = moved
+        return is_stable(ema, ema_abs, self.threshold).numpy()
 
     def _elected(self) -> BoolVector:
         if self.config.thaw_rule == "quorum":
