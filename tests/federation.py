@@ -180,20 +180,19 @@ def configured(
     folder : pathlib.Path
         The run's folder, for checkpoints.
     **strategy : object
-        More arguments of the strategy.
+        Arguments of the strategy, beside or instead of the configured ones.
     """
     bench = workbench(cfg)
-    server = bench.method.strategy(
-        bench.model,
-        config=bench.method_config,
-        num_clients=cfg.num_clients,
-        fraction_fit=cfg.fraction_fit,
-        seed=cfg.seed,
-        weighting=cfg.weighting,
-        checkpoints=CheckpointFolder(folder),
-        checkpoint_every=cfg.checkpoint_every,
+    arguments = {
+        "num_clients": cfg.num_clients,
+        "fraction_fit": cfg.fraction_fit,
+        "seed": cfg.seed,
+        "weighting": cfg.weighting,
+        "checkpoints": CheckpointFolder(folder),
+        "checkpoint_every": cfg.checkpoint_every,
         **strategy,
-    )
+    }
+    server = bench.method.strategy(bench.model, config=bench.method_config, **arguments)
     if cfg.resume:
         server.load_state(CheckpointFolder(cfg.resume).server_state())
 
@@ -261,9 +260,7 @@ def small(
         return found.client(context, flat, initial, batches, training, config=config)
 
     server = found.strategy(model, config=config, num_clients=len(sizes), **strategy)
-    return Federation(
-        server, [Node(i, partial(build, i)) for i in range(len(sizes))]
-    )
+    return Federation(server, [Node(i, partial(build, i)) for i in range(len(sizes))])
 
 
 def npy(array: np.ndarray) -> bytes:

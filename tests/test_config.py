@@ -1,9 +1,14 @@
 """The configuration: what composes, and what is refused in one line."""
 
+import os
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from poetry.core.masonry import api as poetry
 
 from gwpf_baseline.config import (
     checked,
@@ -81,6 +86,25 @@ def test_a_wrong_value_is_named_with_what_is_allowed(
         workbench(cfg)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_an_installed_wheel_finds_its_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder ``conf`` travels in the wheel, inside the package."""
+    monkeypatch.chdir(config_dir().parent)
+    with zipfile.ZipFile(tmp_path / poetry.build_wheel(str(tmp_path))) as wheel:
+        wheel.extractall(tmp_path / "site")
+    printed = subprocess.run(
+        [sys.executable, "-m", "gwpf_baseline.main", "--info", "config"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert str(tmp_path / "site" / "gwpf_baseline" / "conf") in printed
+    assert "thaw_budget: 0.02" in printed
 
 
 def test_paths_are_made_absolute(

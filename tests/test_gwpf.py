@@ -11,7 +11,7 @@ import pytest
 import torch
 from federation import Federation, Node, digits, lose, small, with_tensors
 from flwr.common import Context, FitRes
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.testing import assert_allclose, assert_array_equal
@@ -52,7 +52,9 @@ def test_stable_is_a_small_effective_update(
     ema: np.ndarray, data: st.DataObject, threshold: float
 ) -> None:
     """Strictly below the threshold, or no update at all: 0 / 0 is stable."""
-    ema_abs = np.abs(data.draw(hnp.arrays(np.float32, ema.shape, elements=COARSE_VALUE)))
+    ema_abs = np.abs(
+        data.draw(hnp.arrays(np.float32, ema.shape, elements=COARSE_VALUE))
+    )
     expected = [
         a == 0 or abs(e) / a < threshold for e, a in zip(ema, ema_abs, strict=True)
     ]
@@ -132,7 +134,7 @@ def test_votes_up_to_the_largest_count_are_told_apart() -> None:
     assert thaw_by_budget(counts, 3, 0).tolist() == [True, True, False]
 
 
-# ---- a federation whose clients learn what the test says ------------------------------
+# ---- a federation whose clients learn what the test says ----------------------------
 
 Script = Callable[[int, int], np.ndarray]
 
@@ -160,9 +162,7 @@ class ScriptedClient(GWPFClient):
     ) -> tuple[torch.Tensor, float]:
         """Walk along the script's steps."""
         self.starts.append(start.numpy().copy())
-        steps = torch.from_numpy(
-            self.script(self.batches.client, task.header.exchange)
-        )
+        steps = torch.from_numpy(self.script(self.batches.client, task.header.exchange))
         position = start.clone()
         for step in steps:
             position += step
@@ -268,7 +268,7 @@ def lively(client: int, exchange: int, dimension: int = 24) -> np.ndarray:
     return steps / 64
 
 
-# ---- the whole algorithm, one coordinate at a time ------------------------------------
+# ---- the whole algorithm, one coordinate at a time ----------------------------------
 
 
 class Reference:
@@ -467,7 +467,7 @@ def test_coordinates_do_not_know_how_many_they_are() -> None:
     assert len(shares) > 5
 
 
-# ---- what must hold whatever happens --------------------------------------------------
+# ---- what must hold whatever happens ------------------------------------------------
 
 
 def _refused(answer: FitRes) -> FitRes:
@@ -482,8 +482,8 @@ def test_nothing_that_is_learned_gets_lost(
 ) -> None:
     """All deltas are either in the model or pending at the client that learned them.
 
-    For every coordinate after every round, although messages do not arrive, answers
-    get lost or are refused, and not every client is asked.
+    For every coordinate after every round, although messages do not arrive, answers get
+    lost or are refused, and not every client is asked.
     """
     learned = np.zeros(24)
 
@@ -509,7 +509,9 @@ def test_nothing_that_is_learned_gets_lost(
             luck = rng.choice(["good", "deaf", "lost", "refused", "later"])
             node.reachable = luck != "deaf"
             node.tamper = {"lost": lose, "refused": _refused}.get(luck)
-            if luck == "later":  # the first answer arrives, that to a follow-up does not
+            if (
+                luck == "later"
+            ):  # the first answer arrives, that to a follow-up does not
                 node.tamper = _once(node)
         record = federation.play()
         outcomes.add((record.clients, record.failures))
@@ -583,7 +585,7 @@ def test_tighten_halves_once_for_each_upward_crossing_down_to_the_floor() -> Non
         # By turns of thirty rounds all steps agree, or they tremble and rounds differ.
         if exchange // 30 % 2 == 0:
             return np.ones((3, 24), np.float32)
-        sign = np.random.default_rng(exchange).choice(np.float32([-1, 1]), 24)
+        sign = np.random.default_rng(exchange).choice(np.array([-1, 1], np.float32), 24)
         return np.stack([sign, -4 * sign, 4 * sign])
 
     config = GWPFConfig(

@@ -302,7 +302,7 @@ def test_what_is_missing_or_left_over_is_refused() -> None:
 @settings(deadline=None)
 def test_numpys_own_bytes_are_read(length: int, dtype: type) -> None:
     """For every length, since NumPy pads its header by it."""
-    array = np.arange(length).astype(dtype)
+    array: np.ndarray = np.arange(length).astype(dtype)
     (parsed,) = parse_tensors([serialised(array)])
     assert_array_equal(parsed, array)
     assert parsed.dtype == array.dtype
@@ -395,9 +395,11 @@ def _read_or_refuse(tensors: list[bytes]) -> None:
 TENSORS = [serialised(array) for array in payload()]
 
 
-@given(st.sampled_from(range(len(TENSORS))).flatmap(
-    lambda i: st.tuples(st.just(i), damaged(TENSORS[i]))
-))
+@given(
+    st.sampled_from(range(len(TENSORS))).flatmap(
+        lambda i: st.tuples(st.just(i), damaged(TENSORS[i]))
+    )
+)
 @settings(deadline=None, max_examples=400)
 def test_damaged_tensors_are_read_or_refused(change: tuple[int, bytes]) -> None:
     """Damage to the serialised arrays ends in no other exception."""
@@ -429,8 +431,8 @@ def test_shuffled_tensors_are_read_or_refused(tensors: list[bytes]) -> None:
 def test_any_words_are_decoded_or_refused(
     size: int, ones: int, words: list[int]
 ) -> None:
-    """The coder panics on some words; a panic is no ``Exception``, nor is it let out.
-    """
+    """The coder panics on some words; a panic is no ``Exception``, nor is it let
+    out."""
     code = np.array(words, "<u4").tobytes()
     frame = struct.pack("<III", size, ones, len(code)) + code
     try:
