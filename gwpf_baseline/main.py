@@ -61,6 +61,8 @@ def run_experiment(cfg: DictConfig, folder: Path, console: Console) -> dict[str,
         del context
         summary.update(run_server(cfg, grid, folder, console))
 
+    # Ray would otherwise print a tip about what this does, at every start.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     level = logging.INFO if cfg.verbose else logging.ERROR
     run_simulation(
         server_app=server_app,

@@ -163,10 +163,6 @@ class Federation:
             self.strategy.evaluate(self.rounds, self.strategy.parameters())
         return self.strategy.records[-1]
 
-    def partition_of(self, node: ClientProxy) -> int:
-        """Return the partition that a proxy serves."""
-        return {n.cid: n.partition for n in self.nodes}[node.cid]
-
 
 def configured(
     cfg: DictConfig, folder: Path = Path("unused"), **strategy: Any

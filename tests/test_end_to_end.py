@@ -99,6 +99,7 @@ def test_default_run_beats_a_tenth_of_the_traffic(tmp_path: Path) -> None:
     assert "ratio to dense" in output
     # Quiet: progress lines and the table, nothing of Flower's or Ray's own.
     assert "INFO" not in output
+    assert "arning" not in output
     assert len(output.splitlines()) < 40
 
 

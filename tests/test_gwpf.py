@@ -1,5 +1,4 @@
-"""Tests of GWPF: every function against a slow obvious one, and the whole against
-section by section loops over single coordinates."""
+"""Tests of GWPF, against slow and obvious references."""
 
 import math
 from collections.abc import Callable

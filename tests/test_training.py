@@ -118,18 +118,21 @@ def test_without_persist_optimizer_each_round_begins_anew(optimizer: str) -> Non
 
 
 def test_a_round_follows_from_its_place_in_the_stream_alone() -> None:
-    """Whatever the process drew before, dropout draws the same."""
+    """Whatever the process drew before, dropout draws the same; elsewhere, others."""
     config = TrainingConfig(local_steps=3, batch_size=8)
 
-    def run() -> torch.Tensor:
-        net = torch.nn.Sequential(torch.nn.Dropout(0.5), small_net())
-        model = FlatModel(net)
-        train(model, batches(), config, cursor=40)
-        return model.vector.detach()
+    def run(cursor: int) -> tuple[torch.Tensor, torch.Tensor]:
+        dropout, dropped = torch.nn.Dropout(0.5), []
+        dropout.register_forward_hook(lambda *call: dropped.append(call[2] == 0))
+        model = FlatModel(torch.nn.Sequential(dropout, small_net()))
+        train(model, batches(), config, cursor)
+        return model.vector.detach(), torch.stack(dropped)
 
-    first = run()
+    weights, dropped = run(40)
     torch.rand(5)
-    assert torch.equal(run(), first)
+    again, dropped_again = run(40)
+    assert torch.equal(weights, again) and torch.equal(dropped, dropped_again)
+    assert not torch.equal(dropped, run(64)[1])
 
 
 def test_every_step_is_shown() -> None:
