@@ -157,7 +157,7 @@ class Roster:
                 return proxy.cid, int(answer.properties["partition-id"])
             # Whatever goes wrong on a node must not end the others' round.
             except Exception as error:  # pylint: disable=broad-exception-caught
-                log.warning("node %s is left out: %s", proxy.cid, error)
+                log.warning("node %s gave no answer: %s", proxy.cid, error)
                 return None
 
         with ThreadPoolExecutor(_MAX_THREADS) as pool:

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from gwpf_baseline import dataset as module
+from gwpf_baseline import decoding, partitioning
 from gwpf_baseline.dataset import ImageData, load_data, partition_indices, prepare
 from gwpf_baseline.utils import ConfigError
 
@@ -95,7 +96,7 @@ def forbid_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         pytest.fail("decoded again")
 
-    monkeypatch.setattr(module, "_decode", fail)
+    monkeypatch.setattr(decoding, "decode", fail)
 
 
 # --------------------------------------------------------------------------- sources
@@ -429,7 +430,7 @@ def test_a_kill_while_decoding_leaves_no_half_cache(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_mean_and_std", die)
+        patch.setattr(decoding, "_mean_and_std", die)
         with pytest.raises(KeyboardInterrupt):
             load_data(config("digits"))
     name = seen.pop()
@@ -443,14 +444,14 @@ def test_a_lost_race_takes_the_winners_cache(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process that finishes first is no error, and nothing is left over."""
-    decode = module._decode
+    decode = decoding.decode
 
     def overtaken(*args: Any) -> None:
-        monkeypatch.setattr(module, "_decode", decode)
+        monkeypatch.setattr(decoding, "decode", decode)
         load_data(config("digits"))  # the other process, start to end
         decode(*args)
 
-    monkeypatch.setattr(module, "_decode", overtaken)
+    monkeypatch.setattr(decoding, "decode", overtaken)
     assert len(load_data(config("digits")).train_labels) == 1437
     assert len(list(cache.iterdir())) == 1
 
@@ -519,6 +520,27 @@ def test_partitions_are_computed_once_and_read_only() -> None:
         first[0][0] = 1
     first.clear()
     assert len(partition_indices(data, scheme("iid"), 3, 1)) == 3
+
+
+def test_a_cached_partition_is_not_computed_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process reads it from beside the data; a damaged file is rebuilt."""
+    data = load_data(config("digits"))
+
+    def parts() -> list[list[int]]:
+        module._partition.cache_clear()
+        cfg = scheme("dirichlet")
+        return [part.tolist() for part in partition_indices(data, cfg, 4, seed=1)]
+
+    computed = parts()
+    (file,) = cache.glob("*/partition-*.npz")
+    with monkeypatch.context() as patch:
+        patch.setattr(partitioning, "divide", lambda *_: pytest.fail("divided again"))
+        assert parts() == computed
+    file.write_bytes(file.read_bytes()[:100])
+    assert parts() == computed
+    assert parts() == computed
 
 
 def test_iid_parts_are_equal_and_mixed() -> None:

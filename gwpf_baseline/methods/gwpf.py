@@ -309,6 +309,9 @@ class GWPFStrategy(SyncStrategy[GWPFUpload]):
         self.above = False
         self.asked = self.mask
         self.sent = 0
+        self.value_sum = torch.zeros(0)
+        self.vote_counts = np.zeros(0, np.uint16)
+        self.voters = 0
 
     def begin_exchange(self) -> BoolVector:
         """Ask for the active coordinates, in a follow-up for those just thawed."""
@@ -507,6 +510,7 @@ class _Path:
         self.length = torch.zeros_like(start)
 
     def step(self, vector: torch.Tensor) -> None:
+        """Add the step that led to these parameters."""
         self.length.add_(self.last.sub_(vector).abs_())
         self.last.copy_(vector)
 
