@@ -28,10 +28,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # Small, and yet every mechanism takes part: sampled clients that miss rounds, momentum
 # that outlives them, evaluation only now and then.
 SMALL = [
-    "num_rounds=8",
+    "num_rounds=12",
     "num_clients=5",
     "fraction_fit=0.6",
-    "eval_every=3",
+    "eval_every=5",
     "momentum=0.9",
     "persist_optimizer=true",
     "lr=0.01",
@@ -109,11 +109,11 @@ def test_files_of_a_run(small_run: Path) -> None:
     assert tuple(rows_without_seconds(small_run)[0]) == tuple(
         name for name in COLUMNS if name != "seconds"
     )
-    assert [record.round for record in records] == list(range(1, 9))
-    assert [record.clients for record in records] == [3] * 8
+    assert [record.round for record in records] == list(range(1, 13))
+    assert [record.clients for record in records] == [3] * 12
     assert all(record.failures == 0 for record in records)
     evaluated = [r.round for r in records if r.test_accuracy is not None]
-    assert evaluated == [3, 6, 8]
+    assert evaluated == [5, 10, 12]
     for name, total in (
         ("uplink_bytes", "cumulative_uplink_bytes"),
         ("downlink_bytes", "cumulative_downlink_bytes"),
@@ -168,7 +168,7 @@ def test_a_killed_run_goes_on_to_the_same_history(
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    assert 5 <= rounds_done(killed) < 8
+    assert 5 <= rounds_done(killed) < 12
 
     output = run(f"resume={killed}", f"hydra.run.dir={resumed}")
     assert rows_without_seconds(resumed) == rows_without_seconds(small_run)
@@ -178,7 +178,7 @@ def test_a_killed_run_goes_on_to_the_same_history(
     process = start(f"resume={resumed}", f"hydra.run.dir={tmp_path / 'again'}")
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 2
-    assert output == "error: num_rounds=8: must be more than the 8 rounds done\n"
+    assert output == "error: num_rounds=12: must be more than the 12 rounds done\n"
 
 
 def rounds_done(folder: Path) -> int:
