@@ -390,13 +390,9 @@ class GWPFStrategy(SyncStrategy[GWPFUpload]):
 
     def _frozen(self, index: np.ndarray, update: FloatVector) -> BoolVector:
         """Move E and A on at some coordinates and tell which of them have settled."""
-        moved = []
-        for average, value in ((self.ema, update), (self.ema_abs, np.abs(update))):
-            values = torch.from_numpy(average.numpy()[index])
-            values.lerp_(torch.from_numpy(value), 1.0 - self.config.ema)
-            average.numpy()[index] = values.numpy()
-            moved.append(values)
-        ema, ema_abs = moved
+        rate = 1.0 - self.config.ema
+        ema = _move(self.ema.numpy(), index, update, rate)
+        ema_abs = _move(self.ema_abs.numpy(), index, np.abs(update), rate)
         return is_stable(ema, ema_abs, self.threshold).numpy()
 
     def _elected(self) -> BoolVector:
@@ -414,6 +410,15 @@ class GWPFStrategy(SyncStrategy[GWPFUpload]):
         if above and not self.above:
             self.threshold = max(self.threshold / 2, self.config.threshold_floor)
         self.above = above
+
+
+def _move(
+    average: FloatVector, index: np.ndarray, value: FloatVector, rate: float
+) -> torch.Tensor:
+    """Move some coordinates of an average towards new values, and return them."""
+    moved = torch.from_numpy(average[index]).lerp_(torch.from_numpy(value), rate)
+    average[index] = moved.numpy()
+    return moved
 
 
 def _blocks(mask: BoolVector) -> Iterator[tuple[np.ndarray, slice]]:
