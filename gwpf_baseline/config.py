@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,6 +24,7 @@ from gwpf_baseline.training import TrainingConfig
 from gwpf_baseline.utils import ConfigError
 
 WEIGHTINGS = ("uniform", "examples")
+_BUILDING = threading.Lock()
 # What may change when a run is resumed: nothing that its history depends on.
 RESUMABLE = {
     "resume",
@@ -301,7 +303,10 @@ def workbench(cfg: DictConfig) -> Workbench:
     ConfigError
         Data that is not there, or data, model and partition that do not fit.
     """
-    return _workbench(json.dumps(OmegaConf.to_container(cfg), sort_keys=True))
+    text = json.dumps(OmegaConf.to_container(cfg), sort_keys=True)
+    # Two threads that drew initial weights at once would share one random generator.
+    with _BUILDING:
+        return _workbench(text)
 
 
 @functools.lru_cache(maxsize=1)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -150,3 +151,11 @@ def test_resume_takes_the_saved_configuration(tmp_path: Path) -> None:
     overrides = [f"resume={tmp_path}", "lr=0.2"]
     with pytest.raises(ConfigError, match="lr=0.2: must be 0.1, as in the run"):
         resumed(checked(compose_config(overrides)), overrides)
+
+
+def test_threads_that_start_at_once_draw_the_same_initial_weights() -> None:
+    """PyTorch's generator is global; nodes of one process must not share a draw."""
+    cfg = checked(compose_config(["seed=11"]))
+    with ThreadPoolExecutor(8) as pool:
+        benches = list(pool.map(workbench, [cfg] * 8))
+    assert all(bench is benches[0] for bench in benches)
