@@ -21,7 +21,7 @@ from gwpf_baseline.dataset import ImageData, load_data, partition_indices
 from gwpf_baseline.methods import Method, load_method
 from gwpf_baseline.model import initial_model
 from gwpf_baseline.training import TrainingConfig
-from gwpf_baseline.utils import ConfigError
+from gwpf_baseline.utils import ConfigError, is_number
 
 WEIGHTINGS = ("uniform", "examples")
 _BUILDING = threading.Lock()
@@ -170,10 +170,10 @@ def checked(cfg: DictConfig) -> DictConfig:
         if not isinstance(value, wanted) or isinstance(value, bool) or value < least:
             kind = "a whole number" if whole else "a number"
             raise ConfigError(key, value, f"{kind} >= {least}")
-    if not _is_number(cfg.fraction_fit) or not 0 < cfg.fraction_fit <= 1:
+    if not is_number(cfg.fraction_fit) or not 0 < cfg.fraction_fit <= 1:
         raise ConfigError("fraction_fit", cfg.fraction_fit, "in (0, 1]")
     if cfg.round_timeout is not None and (
-        not _is_number(cfg.round_timeout) or cfg.round_timeout <= 0
+        not is_number(cfg.round_timeout) or cfg.round_timeout <= 0
     ):
         raise ConfigError("round_timeout", cfg.round_timeout, "seconds > 0, or null")
     if cfg.weighting not in WEIGHTINGS:
@@ -191,10 +191,6 @@ def _resolved(cfg: DictConfig) -> Any:
         return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise as_config_error(error) from error
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_resources(cfg: DictConfig) -> None:

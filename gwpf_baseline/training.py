@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from gwpf_baseline.dataset import ImageData, prepare
 from gwpf_baseline.params import FlatModel
-from gwpf_baseline.utils import ConfigError, derive_seed
+from gwpf_baseline.utils import ConfigError, derive_seed, is_number
 
 OPTIMIZERS = ("sgd", "adam")
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -92,8 +92,7 @@ def _at_least_one(value: object) -> bool:
 
 
 def _between(value: object, low: float, high: float) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and low <= value < high  # type: ignore[operator]
+    return is_number(value) and low <= value < high  # type: ignore[operator]
 
 
 class Batches:

@@ -24,6 +24,11 @@ class ConfigError(ValueError):
         super().__init__(f"{key}={value}: must be {allowed}")
 
 
+def is_number(value: object) -> bool:
+    """Tell whether a configuration value is a number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def derive_seed(*parts: int | str) -> int:
     """Derive an independent 63-bit seed from a run's seed and the names of its use.
 

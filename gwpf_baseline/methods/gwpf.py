@@ -20,7 +20,7 @@ import torch
 from gwpf_baseline.client import ClientState, SyncClient, Task
 from gwpf_baseline.methods import Method
 from gwpf_baseline.strategy import SyncStrategy
-from gwpf_baseline.utils import ConfigError, derive_seed
+from gwpf_baseline.utils import ConfigError, derive_seed, is_number
 from gwpf_baseline.wire import BoolVector, FloatVector, Reader, Writer, as_tensor
 
 # The frozen share beyond which `tighten` makes freezing harder (released code).
@@ -110,18 +110,14 @@ class GWPFConfig:
             "vote_fraction",
             "thaw_budget",
         ):
-            if not _is_number(getattr(self, key)) or not 0 < getattr(self, key) <= 1:
+            if not is_number(getattr(self, key)) or not 0 < getattr(self, key) <= 1:
                 raise ConfigError(f"method.{key}", getattr(self, key), "in (0, 1]")
-        if not _is_number(self.ema) or not 0 <= self.ema < 1:
+        if not is_number(self.ema) or not 0 <= self.ema < 1:
             raise ConfigError("method.ema", self.ema, "in [0, 1)")
-        if not _is_number(self.thaw_quorum) or not 0 <= self.thaw_quorum <= 1:
+        if not is_number(self.thaw_quorum) or not 0 <= self.thaw_quorum <= 1:
             raise ConfigError("method.thaw_quorum", self.thaw_quorum, "in [0, 1]")
         if not isinstance(self.tighten, bool):
             raise ConfigError("method.tighten", self.tighten, "true or false")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 # ---- the algorithm: pure functions on flat vectors ----------------------------------
