@@ -99,7 +99,7 @@ _BEFORE_THE_FIRST = RoundRecord(0, 0, None, None, None, 0, 0, 0, 0, 0, None, Non
 
 
 def from_rows(rows: Iterable[Sequence[Any]]) -> list[RoundRecord]:
-    """Turn rows of plain values, as of `History.to_rows`, back into records.
+    """Turn rows of plain values, as `dataclasses.astuple` gives, back into records.
 
     Parameters
     ----------
@@ -211,16 +211,6 @@ class History:
         self._start()
         for record in records:
             self.add(record)
-
-    def to_rows(self) -> list[list[int | float | None]]:
-        """Give the records as plain values, for a checkpoint; see `from_rows`.
-
-        Returns
-        -------
-        list of list
-            One list a round, in the order of `COLUMNS`; strict JSON can hold it.
-        """
-        return [list(astuple(record)) for record in self.records]
 
     def summary(
         self, *, method: str, dataset: str, model: str, seed: int, parameters: int

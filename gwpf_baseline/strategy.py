@@ -9,7 +9,7 @@ import logging
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -30,7 +30,7 @@ from flwr.server.strategy import Strategy
 from torch import nn
 
 from gwpf_baseline.checkpoint import CheckpointFolder
-from gwpf_baseline.history import RoundRecord
+from gwpf_baseline.history import RoundRecord, from_rows
 from gwpf_baseline.params import buffers_to_vector, parameters_to_vector, to_ndarrays
 from gwpf_baseline.roster import ClientRecord, Roster
 from gwpf_baseline.wire import (
@@ -534,7 +534,7 @@ class SyncStrategy(Strategy, Generic[Upload]):
             "last_changed": self.last_changed,
             "exchange": self.exchange,
             "clients": {str(c): asdict(r) for c, r in self.clients.items()},
-            "records": [asdict(record) for record in self.records],
+            "records": [astuple(record) for record in self.records],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -560,7 +560,7 @@ class SyncStrategy(Strategy, Generic[Upload]):
                 if key.startswith("method.")
             }
         )
-        self._ledger.restore([RoundRecord(**record) for record in state["records"]])
+        self._ledger.restore(from_rows(state["records"]))
 
 
 def _size(parameters: Parameters) -> int:

@@ -3,7 +3,7 @@
 import io
 import json
 import math
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def test_numbers_of_numpy_and_torch_become_plain(tmp_path: Path) -> None:
         )
     )
     assert read_history(tmp_path) == [make_record(1, test_accuracy=0.1, train_loss=0.5)]
-    json.dumps(history.to_rows())
+    json.dumps([astuple(r) for r in history.records])
 
 
 @pytest.mark.parametrize("column", ["round", "seconds", "uplink_bytes", "failures"])
@@ -153,7 +153,7 @@ def test_round_trips_are_exact(
     history = History(folder)
     history.add(record)
     history.close()
-    checkpoint = json.dumps(history.to_rows(), allow_nan=False)
+    checkpoint = json.dumps([astuple(r) for r in history.records], allow_nan=False)
     # A repr tells -0.0 from 0.0 and 1 from 1.0, which equality does not.
     assert repr(from_rows(json.loads(checkpoint))) == repr([record])
     assert repr(read_history(folder)) == repr([record])
@@ -214,7 +214,7 @@ def test_a_resumed_run_leaves_the_files_of_an_uninterrupted_one(tmp_path: Path) 
     killed = History(tmp_path / "resumed")
     for record in records[:3]:
         killed.add(record)
-    checkpoint = json.dumps(killed.to_rows())
+    checkpoint = json.dumps([astuple(r) for r in killed.records])
     killed.add(replace(records[3], test_accuracy=0.0))
     resumed = History(tmp_path / "resumed")
     resumed.restore(from_rows(json.loads(checkpoint)))
