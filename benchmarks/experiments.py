@@ -131,7 +131,47 @@ def _page_gwpf() -> list[Runs]:
     ]
 
 
-PAGES = {"apf": _page_apf, "gwpf": _page_gwpf}
+def _page_gradient_pruning() -> list[Runs]:
+    task = "gradient_pruning_resnet18-small"
+    dense = ("method=fedavg", "quantization.bits=32")
+    kept = ("method.keep=0.05",)
+    return [
+        Runs(task, "fedavg", dense),
+        Runs(
+            task,
+            "fedavg-x5",
+            (*dense, "local_steps=25", "num_rounds=12", "lr_milestones=[6,9]"),
+        ),
+        Runs(task, "pruning", ("quantization.bits=32",)),
+        Runs(task, "compression", ()),
+        Runs(task, "compression-fp16", ("quantization.fp16=true",)),
+        Runs(task, "kept-32", (*kept, "quantization.bits=32")),
+        Runs(task, "kept", kept),
+        *(
+            Runs(
+                task,
+                f"kept-{name}",
+                (*kept, f"server_optimizer={name}", f"server_optimizer.lr={lr}"),
+            )
+            for name, lr in (
+                ("fedavgm", 0.3),
+                ("fedadagrad", 0.03),
+                ("fedadam", 0.03),
+                ("fedyogi", 0.03),
+            )
+        ),
+        Runs(task, "fedavg-fedadagrad", (*dense, *_ADAGRAD)),
+        Runs(task, "gwpf", ("method=gwpf", "quantization.bits=32")),
+        Runs(task, "gwpf-8", ("method=gwpf",)),
+    ]
+
+
+_ADAGRAD = ("server_optimizer=fedadagrad", "server_optimizer.lr=0.03")
+PAGES = {
+    "apf": _page_apf,
+    "gwpf": _page_gwpf,
+    "gradient_pruning": _page_gradient_pruning,
+}
 
 
 def main() -> None:

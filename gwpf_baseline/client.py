@@ -28,8 +28,17 @@ from gwpf_baseline.checkpoint import (
     as_tensors,
     save_state,
 )
-from gwpf_baseline.params import FlatModel, buffers_to_vector
+from gwpf_baseline.params import (
+    FlatModel,
+    Layer,
+    buffers_to_vector,
+    layers,
+    sent_buffers,
+    values_per_layer,
+)
+from gwpf_baseline.quantization import Quantization
 from gwpf_baseline.training import Batches, StepHook, TrainingConfig, train
+from gwpf_baseline.utils import derive_seed
 from gwpf_baseline.wire import (
     BoolVector,
     FloatVector,
@@ -169,6 +178,8 @@ class SyncClient(NumPyClient):
         This client's data.
     training : TrainingConfig
         How to train.
+    quantization : Quantization, optional
+        How values travel; default: as they are.
     saved : CheckpointFolder, optional
         Where to write its state when the server makes a checkpoint.
     resume : CheckpointFolder, optional
@@ -188,6 +199,7 @@ class SyncClient(NumPyClient):
         batches: Batches,
         training: TrainingConfig,
         *,
+        quantization: Quantization | None = None,
         saved: CheckpointFolder | None = None,
         resume: CheckpointFolder | None = None,
     ) -> None:
@@ -196,8 +208,15 @@ class SyncClient(NumPyClient):
         self.initial = initial
         self.batches = batches
         self.training = training
+        self.quantization = quantization or Quantization()
         self.saved = saved
         self.resume = resume
+        self.server_round = 1
+
+    @property
+    def layers(self) -> list[Layer]:
+        """Return where the model's tensors stand in the flat vector."""
+        return layers(self.model.module)
 
     @abstractmethod
     def upload(self, task: Task, state: ClientState, writer: Writer) -> float | None:
@@ -255,6 +274,7 @@ class SyncClient(NumPyClient):
             self.training,
             state.cursor,
             state.moments,
+            server_round=self.server_round,
             on_step=on_step,
         )
         for name, value in moments.items():
@@ -271,7 +291,7 @@ class SyncClient(NumPyClient):
         parameters : list of numpy.ndarray
             The server's payload.
         config : dict
-            The round's number, for logs only.
+            ``round``, the round's number, which the learning rate follows.
 
         Returns
         -------
@@ -289,6 +309,7 @@ class SyncClient(NumPyClient):
             The payload is not of this method, model or release.
         """
         started = time.perf_counter()
+        self.server_round = _round_number(config)
         state = self.load_state()
         reader = Reader(parameters, self.name, self.initial.numel())
         try:
@@ -336,7 +357,7 @@ class SyncClient(NumPyClient):
         size = self.initial.numel()
         if header.kind is Kind.MODEL:
             mask = reader.bitmap(size) if header.masked else None
-            weights = torch.from_numpy(reader.vector(size).copy())
+            weights = torch.from_numpy(self.read_values(reader, size).copy())
         elif header.kind in (Kind.CHANGES, Kind.MASKED):
             weights = self._known_weights(header, state)
             if header.kind is Kind.CHANGES:
@@ -346,12 +367,13 @@ class SyncClient(NumPyClient):
             else:
                 raise LostState(-1)
             mask = reader.bitmap(size) if header.masked else None
-            weights.numpy()[changed] = reader.vector(int(np.count_nonzero(changed)))
+            count = int(np.count_nonzero(changed))
+            weights.numpy()[changed] = self.read_values(reader, count)
         else:
             raise WireError(f"a server does not send {header.kind.name}")
         buffers = None
         if not header.follow_up:
-            numel = sum(b.numel() for b in self.model.module.buffers())
+            numel = sum(b.numel() for b in sent_buffers(self.model.module))
             buffers = torch.from_numpy(reader.vector(numel).copy())
         reader.finish()
         if not header.masked:
@@ -362,6 +384,51 @@ class SyncClient(NumPyClient):
         if not self.dense_downlink:
             state.arrays["weights"] = weights.numpy()
         return Task(header, weights, buffers, mask)
+
+    def read_values(self, reader: Reader, length: int) -> FloatVector:
+        """Take values of the global model; undoes :meth:`SyncStrategy.write_values`.
+
+        Parameters
+        ----------
+        reader : Reader
+            The server's payload.
+        length : int
+            How many.
+
+        Returns
+        -------
+        numpy.ndarray
+            float32 ``(length,)``. It may be read-only.
+        """
+        return self.quantization.read_values(reader, length)
+
+    def write_update(
+        self,
+        writer: Writer,
+        task: Task,
+        values: FloatVector,
+        mask: BoolVector | None = None,
+    ) -> None:
+        """Write the values of an update, in as few bits as configured.
+
+        Parameters
+        ----------
+        writer : Writer
+            The answer's payload.
+        task : Task
+            What the server asked for.
+        values : numpy.ndarray
+            float32 ``(k,)``.
+        mask : numpy.ndarray, optional
+            bool ``(d,)``, the coordinates that they belong to; default: all.
+        """
+        seed = derive_seed(
+            self.batches.seed, "rounding", self.batches.client, task.header.exchange
+        )
+        counts = [values.size]
+        if self.quantization.bits < 32:
+            counts = values_per_layer(self.layers, mask)
+        self.quantization.write_update(writer, values, counts, seed)
 
     def derive_mask(  # pylint: disable=useless-return  # which mypy wants
         self, header: Header, weights: torch.Tensor, state: ClientState
@@ -471,3 +538,10 @@ class SyncClient(NumPyClient):
         return Header(
             self.name, kind, asked.exchange, base, asked.length, checksum=checksum
         )
+
+
+def _round_number(config: dict[str, Scalar]) -> int:
+    number = config.get("round", 1)
+    if not isinstance(number, int) or number < 1:
+        raise WireError(f"round {number!r}: rounds are counted from 1")
+    return number

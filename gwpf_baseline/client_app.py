@@ -13,7 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from gwpf_baseline.checkpoint import CheckpointFolder
 from gwpf_baseline.client import SyncClient
-from gwpf_baseline.config import from_run_config, training_config, workbench
+from gwpf_baseline.config import (
+    from_run_config,
+    quantization_config,
+    training_config,
+    workbench,
+)
 from gwpf_baseline.params import FlatModel, parameters_to_vector
 from gwpf_baseline.training import Batches
 from gwpf_baseline.utils import ConfigError, pick_device, run_folder
@@ -62,6 +67,7 @@ def make_client(cfg: DictConfig, context: Context, folder: str) -> SyncClient:
         batches,
         training_config(cfg),
         config=bench.method_config,
+        quantization=quantization_config(cfg),
         saved=CheckpointFolder(folder) if cfg.checkpoint_every else None,
         resume=CheckpointFolder(cfg.resume) if cfg.resume else None,
     )

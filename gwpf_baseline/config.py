@@ -21,6 +21,8 @@ from gwpf_baseline.dataset import TaskData, load_data, partition_indices
 from gwpf_baseline.methods import Method, load_method
 from gwpf_baseline.model import initial_model
 from gwpf_baseline.network import Network
+from gwpf_baseline.quantization import Quantization
+from gwpf_baseline.server_optimizer import ServerOptimizerConfig
 from gwpf_baseline.training import TrainingConfig
 from gwpf_baseline.utils import ConfigError, is_number
 
@@ -183,6 +185,8 @@ def checked(cfg: DictConfig) -> DictConfig:
         raise ConfigError("verbose", cfg.verbose, "true or false")
     _check_resources(cfg)
     network_config(cfg)
+    quantization_config(cfg)
+    server_optimizer_config(cfg)
     training_config(cfg)
     load_method(_plain_dict(cfg.method))
     return cfg
@@ -254,15 +258,32 @@ def training_config(cfg: DictConfig) -> TrainingConfig:
     return TrainingConfig(**{name: cfg[name] for name in names})
 
 
+def quantization_config(cfg: DictConfig) -> Quantization:
+    """Return how values travel."""
+    return Quantization(**_group(cfg, "quantization", Quantization))
+
+
+def server_optimizer_config(cfg: DictConfig) -> ServerOptimizerConfig:
+    """Return how the mean update moves the model."""
+    options = _group(cfg, "server_optimizer", ServerOptimizerConfig)
+    return ServerOptimizerConfig(**options)
+
+
+def _group(cfg: DictConfig, group: str, kind: type) -> dict[str, Any]:
+    """Return a group's keys, each of which is a field of a dataclass."""
+    names = [field.name for field in fields(kind)]
+    if not isinstance(cfg[group], DictConfig):
+        raise ConfigError(group, cfg[group], f"given by {', '.join(names)}")
+    options = _plain_dict(cfg[group])
+    for key, value in options.items():
+        if key not in names:
+            raise ConfigError(f"{group}.{key}", value, f"one of {', '.join(names)}")
+    return options
+
+
 def network_config(cfg: DictConfig) -> Network | None:
     """Return the network to model, None if no bandwidth is set."""
-    names = [field.name for field in fields(Network)]
-    if not isinstance(cfg.network, DictConfig):
-        raise ConfigError("network", cfg.network, f"given by {', '.join(names)}")
-    network = _plain_dict(cfg.network)
-    for key, value in network.items():
-        if key not in names:
-            raise ConfigError(f"network.{key}", value, f"one of {', '.join(names)}")
+    network = _group(cfg, "network", Network)
     if network["uplink_mbps"] is None and network["downlink_mbps"] is None:
         return None
     return Network(**network)
@@ -283,7 +304,7 @@ class Workbench:
     partitions : list of numpy.ndarray
         int64, each client's rows of the training data.
     model : torch.nn.Module
-        The model with its initial weights.
+        The method's model with its initial weights.
     method : Method
         The method's classes.
     method_config : object
@@ -331,4 +352,5 @@ def _workbench(text: str) -> Workbench:
     name = options.pop("name")
     model = initial_model(name, data.input_shape, data.num_classes, cfg.seed, **options)
     method, method_config = load_method(_plain_dict(cfg.method))
+    model = method.adapt(model, method_config, cfg.seed)
     return Workbench(data, partitions, model, method, method_config)

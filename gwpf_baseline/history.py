@@ -61,6 +61,15 @@ class RoundRecord:  # pylint: disable=too-many-instance-attributes  # a file's c
     modelled_seconds : float or None
         How long the run so far would have taken over the configured network; None if
         none is.
+    uplink_bits_per_parameter, downlink_bits_per_parameter : float or None
+        Bits that a client of the round sent and was sent for each parameter, on
+        average; None if there was no client.
+    csr_bytes : int or None
+        What the clients sent, as compressed sparse rows; None for a method whose
+        clients do not choose what they send.
+    mean_accuracy : float or None
+        Of the mean of a random network on the test data; None if it is not random, or
+        was not evaluated.
 
     Raises
     ------
@@ -84,6 +93,10 @@ class RoundRecord:  # pylint: disable=too-many-instance-attributes  # a file's c
     failures: int
     compute_seconds: float | None = None
     modelled_seconds: float | None = None
+    uplink_bits_per_parameter: float | None = None
+    downlink_bits_per_parameter: float | None = None
+    csr_bytes: int | None = None
+    mean_accuracy: float | None = None
 
     def __post_init__(self) -> None:
         """Bring every value to its column's type."""
@@ -92,9 +105,10 @@ class RoundRecord:  # pylint: disable=too-many-instance-attributes  # a file's c
             optional = column.type not in (int, float)
             if optional and value is None:
                 continue
+            whole = column.type in (int, int | None)
             try:
                 # NumPy's float64 is a float too, but its repr is not a number.
-                value = int(value) if column.type is int else float(value)
+                value = int(value) if whole else float(value)
             except (TypeError, ValueError, OverflowError) as error:
                 raise ValueError(f"{column.name}: {value!r} is no number") from error
             unmeasured = optional and not math.isfinite(value)
@@ -258,16 +272,11 @@ class History:
             Perplexities are None unless they are the metric.
         """
         last = self.records[-1] if self.records else _BEFORE_THE_FIRST
-        accuracies = [
-            record.test_accuracy
-            for record in self.records
-            if record.test_accuracy is not None
-        ]
-        perplexities = [
-            perplexity(record.test_loss)
-            for record in self.records
-            if metric == "perplexity" and record.test_loss is not None
-        ]
+        accuracies = self._values("test_accuracy")
+        means, csr = self._values("mean_accuracy"), self._values("csr_bytes")
+        perplexities = []
+        if metric == "perplexity":
+            perplexities = [perplexity(loss) for loss in self._values("test_loss")]
         total = last.cumulative_uplink_bytes + last.cumulative_downlink_bytes
         return {
             "method": method,
@@ -287,7 +296,20 @@ class History:
             "traffic_ratio": total / last.dense_bytes if last.dense_bytes else None,
             "seconds": last.seconds,
             "modelled_seconds": last.modelled_seconds,
+            "uplink_bits_per_parameter": self._mean("uplink_bits_per_parameter"),
+            "downlink_bits_per_parameter": self._mean("downlink_bits_per_parameter"),
+            "total_csr_bytes": sum(csr) if csr else None,
+            "final_mean_accuracy": means[-1] if means else None,
         }
+
+    def _values(self, column: str) -> list[Any]:
+        """Return a column's values, without what was not measured."""
+        values = (getattr(record, column) for record in self.records)
+        return [value for value in values if value is not None]
+
+    def _mean(self, column: str) -> float | None:
+        values = self._values(column)
+        return math.fsum(values) / len(values) if values else None
 
     def write_summary(self, **run: Any) -> dict[str, Any]:
         """Write ``summary.json``.

@@ -1,6 +1,8 @@
 """A model as one flat vector of trainable parameters, and its buffers as another."""
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -71,6 +73,83 @@ class FlatModel:
         vector_to_buffers(self.module, buffers)
 
 
+class Layer(NamedTuple):
+    """Where a parameter tensor stands in the flat vector.
+
+    Parameters
+    ----------
+    span : slice
+        Its coordinates.
+    shape : tuple of int
+        Its own shape.
+    """
+
+    span: slice
+    shape: tuple[int, ...]
+
+
+def layers(model: nn.Module) -> list[Layer]:
+    """Return where each trainable tensor of a model stands in its flat vector.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model.
+
+    Returns
+    -------
+    list of Layer
+        In ``named_parameters()`` order; the spans follow each other without gaps.
+    """
+    found, start = [], 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            stop = start + parameter.numel()
+            found.append(Layer(slice(start, stop), tuple(parameter.shape)))
+            start = stop
+    return found
+
+
+def values_per_layer(
+    spans: Sequence[Layer], mask: np.ndarray | None = None
+) -> list[int]:
+    """Count the values that each layer has in a mask.
+
+    Parameters
+    ----------
+    spans : sequence of Layer
+        The layers.
+    mask : numpy.ndarray, optional
+        bool ``(d,)``; default: all coordinates.
+
+    Returns
+    -------
+    list of int
+        One number a layer.
+    """
+    if mask is None:
+        return [span.stop - span.start for span, _ in spans]
+    return [int(np.count_nonzero(mask[span])) for span, _ in spans]
+
+
+def sent_buffers(model: nn.Module) -> list[torch.Tensor]:
+    """Return the buffers that are exchanged: those of the state dict.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model.
+
+    Returns
+    -------
+    list of torch.Tensor
+        In ``named_buffers()`` order. What is registered as not persistent can be
+        rebuilt, and need not travel.
+    """
+    names = model.state_dict().keys()
+    return [buffer for name, buffer in model.named_buffers() if name in names]
+
+
 def buffers_to_vector(model: nn.Module) -> torch.Tensor:
     """Collect a model's buffers, such as BatchNorm statistics.
 
@@ -82,10 +161,11 @@ def buffers_to_vector(model: nn.Module) -> torch.Tensor:
     Returns
     -------
     torch.Tensor
-        float32 ``(b,)`` on the CPU in ``named_buffers()`` order, empty if there are
-        none. Counters are exact up to 2**24.
+        float32 ``(b,)`` on the CPU in the order of :func:`sent_buffers`, empty if
+        there are none. Counters are exact up to 2**24.
     """
-    parts = [b.detach().to("cpu", torch.float32).reshape(-1) for b in model.buffers()]
+    buffers = sent_buffers(model)
+    parts = [b.detach().to("cpu", torch.float32).reshape(-1) for b in buffers]
     return torch.cat(parts) if parts else torch.zeros(0)
 
 
@@ -101,7 +181,7 @@ def vector_to_buffers(model: nn.Module, vector: torch.Tensor) -> None:
         float32 ``(b,)``.
     """
     offset = 0
-    for buffer in model.buffers():
+    for buffer in sent_buffers(model):
         part = vector[offset : offset + buffer.numel()].view_as(buffer)
         buffer.copy_(part if buffer.is_floating_point() else part.round())
         offset += buffer.numel()
@@ -150,7 +230,7 @@ def to_ndarrays(
     pieces: dict[int, np.ndarray] = {}
     for tensors, vector in (
         ([p for p in model.parameters() if p.requires_grad], weights.numpy()),
-        (list(model.buffers()), buffers.numpy()),
+        (sent_buffers(model), buffers.numpy()),
     ):
         offset = 0
         for tensor in tensors:

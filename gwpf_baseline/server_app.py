@@ -19,6 +19,8 @@ from gwpf_baseline.config import (
     Workbench,
     from_run_config,
     network_config,
+    quantization_config,
+    server_optimizer_config,
     workbench,
 )
 from gwpf_baseline.history import Display, History, RoundRecord, closing_table
@@ -99,6 +101,8 @@ def run_server(
         fraction_fit=cfg.fraction_fit,
         seed=cfg.seed,
         weighting=cfg.weighting,
+        server_optimizer=server_optimizer_config(cfg),
+        quantization=quantization_config(cfg),
         network=network_config(cfg),
         on_round=on_round,
         connect_timeout=cfg.connect_timeout,
@@ -131,6 +135,16 @@ def run_server(
     plot_history(history.records, folder)
     history.close()
     save_model(strategy, folder / "model.safetensors")
+    options = {key: value for key, value in cfg.model.items() if key != "name"}
+    strategy.export(
+        folder,
+        {
+            "model": cfg.model.name,
+            "input_shape": list(bench.data.input_shape),
+            "num_classes": bench.data.num_classes,
+            "options": options,
+        },
+    )
     console.print(closing_table(summary))
     console.print(f"Results are in {folder}", soft_wrap=True)
     return summary
@@ -146,7 +160,7 @@ def save_model(strategy: SyncStrategy, file: Path) -> None:
     file : pathlib.Path
         A safetensors file; ``model.load_state_dict(load_file(file))`` reads it.
     """
-    arrays = to_ndarrays(strategy.model, strategy.weights, strategy.buffers)
+    arrays = to_ndarrays(strategy.model, strategy.network(), strategy.buffers)
     names = strategy.model.state_dict().keys()
     tensors = {
         name: torch.from_numpy(array).clone()

@@ -10,6 +10,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -29,13 +30,23 @@ from flwr.server.server import fit_clients
 from flwr.server.strategy import Strategy
 from torch import nn
 
-from gwpf_baseline.checkpoint import CheckpointFolder
+from gwpf_baseline.checkpoint import CheckpointFolder, as_arrays, as_tensors
 from gwpf_baseline.history import RoundRecord, from_rows
 from gwpf_baseline.network import Leg, Network
-from gwpf_baseline.params import buffers_to_vector, parameters_to_vector, to_ndarrays
+from gwpf_baseline.params import (
+    buffers_to_vector,
+    layers,
+    parameters_to_vector,
+    to_ndarrays,
+    values_per_layer,
+)
+from gwpf_baseline.quantization import Quantization
 from gwpf_baseline.roster import ClientRecord, Roster
+from gwpf_baseline.server_optimizer import ServerOptimizer, ServerOptimizerConfig
+from gwpf_baseline.stability import blocks
 from gwpf_baseline.wire import (
     BoolVector,
+    FloatVector,
     Header,
     Kind,
     Reader,
@@ -84,6 +95,8 @@ class _Ledger:
     ----------
     dense_bytes : int
         Bytes of one dense model, as FedAvg would send it.
+    dimension : int
+        d.
     network : Network or None
         The network whose time is modelled.
     on_round : callable or None
@@ -93,10 +106,12 @@ class _Ledger:
     def __init__(
         self,
         dense_bytes: int,
+        dimension: int,
         network: Network | None,
         on_round: Callable[[RoundRecord], None] | None,
     ) -> None:
         self.dense_bytes = dense_bytes
+        self.dimension = dimension
         self.network = network
         self.on_round = on_round
         self.records: list[RoundRecord] = []
@@ -122,6 +137,7 @@ class _Ledger:
         metrics: dict[str, float],
     ) -> None:
         """Add the record of a round."""
+        values, csr = this.asked * self.dimension, metrics.get("csr_bytes")
         last = self.records[-1] if self.records else None
         dense = 2 * this.asked * self.dense_bytes
         compute = list(this.compute_seconds.values())
@@ -145,13 +161,22 @@ class _Ledger:
             failures=this.failures,
             compute_seconds=float(np.mean(compute)) if compute else None,
             modelled_seconds=before + this.modelled_seconds if self.network else None,
+            uplink_bits_per_parameter=(
+                8 * this.uplink_bytes / values if values else None
+            ),
+            downlink_bits_per_parameter=(
+                8 * this.downlink_bytes / values if values else None
+            ),
+            csr_bytes=None if csr is None else int(csr),
+            mean_accuracy=metrics.get("mean_accuracy"),
         )
         self.records.append(record)
         if self.on_round is not None:
             self.on_round(record)
 
 
-# pylint: disable-next=too-many-public-methods  # Flower's hooks and the methods'
+# Flower's hooks and the methods', and the state of both.
+# pylint: disable-next=too-many-public-methods,too-many-instance-attributes
 class SyncStrategy(Strategy, Generic[Upload]):
     """A Flower Strategy that exchanges only what a method decides to.
 
@@ -173,6 +198,10 @@ class SyncStrategy(Strategy, Generic[Upload]):
         Seed of every choice of the server.
     weighting : {"uniform", "examples"}, default "uniform"
         Whether clients count alike, as in an all-reduce, or by their examples.
+    server_optimizer : ServerOptimizerConfig, optional
+        How the mean update moves the model; default: by itself, as in FedAvg.
+    quantization : Quantization, optional
+        How values travel; default: as they are.
     network : Network, optional
         Gives each record its ``modelled_seconds``.
     evaluate_fn : callable, optional
@@ -194,6 +223,10 @@ class SyncStrategy(Strategy, Generic[Upload]):
         float32 ``(d,)``, the global parameters.
     buffers : torch.Tensor
         float32 ``(b,)``, the global buffers.
+    layers : list of Layer
+        Where the model's tensors stand in `weights`.
+    optimizer : ServerOptimizer
+        The server's optimiser.
     exchange : int
         Number of the exchange under way, or of the last one.
     """
@@ -211,6 +244,8 @@ class SyncStrategy(Strategy, Generic[Upload]):
         fraction_fit: float = 1.0,
         seed: int = 0,
         weighting: str = "uniform",
+        server_optimizer: ServerOptimizerConfig | None = None,
+        quantization: Quantization | None = None,
         network: Network | None = None,
         evaluate_fn: EvaluateFn | None = None,
         on_round: Callable[[RoundRecord], None] | None = None,
@@ -225,18 +260,23 @@ class SyncStrategy(Strategy, Generic[Upload]):
         )
         self.seed = seed
         self.weighting = weighting
+        self.quantization = quantization or Quantization()
         self.evaluate_fn = evaluate_fn
         self.checkpoints = checkpoints
         self.checkpoint_every = checkpoint_every
 
         self.weights = parameters_to_vector(model)
         self.buffers = buffers_to_vector(model)
+        self.layers = layers(model)
+        self.optimizer = ServerOptimizer(
+            server_optimizer or ServerOptimizerConfig(), self.dimension
+        )
         self.last_changed = torch.zeros(self.dimension, dtype=torch.int32)
         self.exchange = 0
         self.follow_up = False
         self._round = _Round()
         self._checksum = vector_checksum(self.weights.numpy())
-        self._ledger = _Ledger(_size(self._dense_message()), network, on_round)
+        self._ledger = _Ledger(self._dense_bytes(), self.dimension, network, on_round)
 
     # ---- what a method adds -------------------------------------------------------
 
@@ -319,8 +359,91 @@ class SyncStrategy(Strategy, Generic[Upload]):
         """Return whether this round's clients are to be asked a second time."""
         return False
 
+    def write_values(self, writer: Writer, values: FloatVector) -> None:
+        """Write values of the global model into a message.
+
+        Parameters
+        ----------
+        writer : Writer
+            The message.
+        values : numpy.ndarray
+            float32 ``(k,)``. By default they travel as they are, or as configured; a
+            method whose values are of another kind knows a better way, and its client
+            undoes it in :meth:`SyncClient.read_values`.
+        """
+        self.quantization.write_values(writer, values)
+
+    def read_update(
+        self, reader: Reader, mask: BoolVector | None = None
+    ) -> FloatVector:
+        """Take the values of an update, as :meth:`SyncClient.write_update` wrote them.
+
+        Parameters
+        ----------
+        reader : Reader
+            A client's payload.
+        mask : numpy.ndarray, optional
+            bool ``(d,)``, the coordinates that they belong to; default: all.
+
+        Returns
+        -------
+        numpy.ndarray
+            float32 ``(k,)``. It may be read-only.
+        """
+        counts = values_per_layer(self.layers, mask)
+        return self.quantization.read_update(reader, counts)
+
+    def move(self, update: FloatVector, mask: BoolVector | None = None) -> None:
+        """Move the global model by the clients' mean update.
+
+        Parameters
+        ----------
+        update : numpy.ndarray
+            float32 ``(k,)``.
+        mask : numpy.ndarray, optional
+            bool ``(d,)``, the coordinates that it belongs to; default: all.
+        """
+        weights = self.weights.numpy()
+        if mask is None:
+            self.optimizer.step(weights, slice(None), update)
+            return
+        for index, part in blocks(mask):
+            self.optimizer.step(weights, index, update[part])
+
+    def network(self) -> torch.Tensor:
+        """Return the weights of the network that is measured and saved.
+
+        Returns
+        -------
+        torch.Tensor
+            float32 ``(d,)``; by default the global model.
+        """
+        return self.weights
+
+    def mean_network(self) -> torch.Tensor | None:
+        """Return the weights of a random network's mean, which is measured as well.
+
+        Returns
+        -------
+        torch.Tensor or None
+            float32 ``(d,)``; by default None, as the network is not random.
+        """
+        return None
+
+    def export(self, folder: Path, origin: dict[str, Any]) -> None:
+        """Write what the method leaves behind beside the model, at a run's end.
+
+        Parameters
+        ----------
+        folder : pathlib.Path
+            The run's folder.
+        origin : dict
+            From what the model can be built again, as JSON holds it: ``model``, its
+            name, ``input_shape``, ``num_classes`` and ``options``.
+        """
+
     def metrics(self) -> dict[str, float]:
-        """Return ``frozen_fraction`` and ``sent_fraction``, as far as they exist."""
+        """Return ``frozen_fraction``, ``sent_fraction`` and ``csr_bytes``, if any."""
         return {}
 
     def method_state(self) -> dict[str, Any]:
@@ -399,14 +522,23 @@ class SyncStrategy(Strategy, Generic[Upload]):
         number = self._ledger.absolute(server_round)
         measured = None
         if self.evaluate_fn is not None:
-            measured = self.evaluate_fn(number, self.weights, self.buffers)
+            measured = self.evaluate_fn(number, self.network(), self.buffers)
         metrics = self.metrics() if self.answers else {}
+        metrics |= self._measure_mean(number)
         self._ledger.close(number, self._round, measured, metrics)
         if self.checkpoint_every and number % self.checkpoint_every == 0:
             assert self.checkpoints is not None
             self.roster.ask_to_save(number)
             self.checkpoints.commit(number, self.state())
         return None if measured is None else (measured[0], {"accuracy": measured[1]})
+
+    def _measure_mean(self, number: int) -> dict[str, float]:
+        # pylint: disable-next=assignment-from-none  # a method may have one
+        mean = self.mean_network()
+        if mean is None or self.evaluate_fn is None:
+            return {}
+        measured = self.evaluate_fn(number, mean, self.buffers)
+        return {} if measured is None else {"mean_accuracy": measured[1]}
 
     def configure_evaluate(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
@@ -465,10 +597,7 @@ class SyncStrategy(Strategy, Generic[Upload]):
             writer.bitmap(changed)
         return self._complete(writer, self.weights.numpy()[changed], masked)
 
-    def _dense_message(
-        self, record: ClientRecord | None = None, masked: bool = False
-    ) -> Parameters:
-        record = record or ClientRecord(version=-1)
+    def _dense_message(self, record: ClientRecord, masked: bool) -> Parameters:
         writer = Writer(self._header(Kind.MODEL, record, masked))
         return self._complete(writer, self.weights.numpy(), masked)
 
@@ -485,11 +614,18 @@ class SyncStrategy(Strategy, Generic[Upload]):
             checksum=self._checksum if record.version == 0 else 0,
         )
 
+    def _dense_bytes(self) -> int:
+        """Return the bytes of the whole model as FedAvg sends it."""
+        writer = Writer(self._header(Kind.MODEL, ClientRecord(version=-1), False))
+        writer.vector(self.weights.numpy())
+        writer.vector(self.buffers.numpy())
+        return _size(ndarrays_to_parameters(writer.arrays()))
+
     def _complete(self, writer: Writer, values: np.ndarray, masked: bool) -> Parameters:
         if masked:
             assert self._round.mask is not None
             writer.bitmap(self._round.mask)
-        writer.vector(values)
+        self.write_values(writer, values)
         if not self.follow_up:
             writer.vector(self.buffers.numpy())
         return ndarrays_to_parameters(writer.arrays())
@@ -620,6 +756,10 @@ class SyncStrategy(Strategy, Generic[Upload]):
             "buffers": self.buffers,
             "last_changed": self.last_changed,
             "exchange": self.exchange,
+            **{
+                f"optimizer.{name}": moment
+                for name, moment in as_tensors(self.optimizer.state()).items()
+            },
             "clients": {str(c): asdict(r) for c, r in self.clients.items()},
             "records": [astuple(record) for record in self.records],
         }
@@ -640,15 +780,14 @@ class SyncStrategy(Strategy, Generic[Upload]):
             int(client): ClientRecord(**record)
             for client, record in state["clients"].items()
         }
-        self.load_method_state(
-            {
-                key.removeprefix("method."): value
-                for key, value in state.items()
-                if key.startswith("method.")
-            }
-        )
+        self.load_method_state(_below("method.", state))
+        self.optimizer.load_state(as_arrays(_below("optimizer.", state)))
         self._ledger.restore(from_rows(state["records"]))
 
 
 def _size(parameters: Parameters) -> int:
     return sum(len(tensor) for tensor in parameters.tensors)
+
+
+def _below(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

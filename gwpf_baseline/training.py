@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -38,6 +38,10 @@ class TrainingConfig:
         ``sgd`` or ``adam``.
     lr : float
         Learning rate.
+    lr_milestones : sequence of int
+        Rounds after each of which the learning rate is multiplied by `lr_decay`.
+    lr_decay : float
+        In ``(0, 1]``.
     momentum : float
         Momentum of ``sgd``.
     weight_decay : float
@@ -55,6 +59,8 @@ class TrainingConfig:
     batch_size: int = 50
     optimizer: str = "sgd"
     lr: float = 0.05
+    lr_milestones: Sequence[int] = ()
+    lr_decay: float = 0.1
     momentum: float = 0.0
     weight_decay: float = 0.0
     grad_clip: float | None = None
@@ -71,6 +77,14 @@ class TrainingConfig:
             optional = key != "lr" and value is None
             if not optional and not _between(value, sys.float_info.min, math.inf):
                 raise ConfigError(key, value, "a number > 0")
+        if not isinstance(self.lr_milestones, Sequence) or not all(
+            map(_at_least_one, self.lr_milestones)
+        ):
+            raise ConfigError(
+                "lr_milestones", self.lr_milestones, "a list of rounds, as in [20,30]"
+            )
+        if not is_number(self.lr_decay) or not 0 < self.lr_decay <= 1:
+            raise ConfigError("lr_decay", self.lr_decay, "in (0, 1]")
         if not _between(self.momentum, 0, 1):
             raise ConfigError("momentum", self.momentum, "in [0, 1)")
         if not _between(self.weight_decay, 0, math.inf):
@@ -89,6 +103,11 @@ class TrainingConfig:
         if self.local_epochs is None:
             return self.local_steps
         return math.ceil(self.local_epochs * num_examples / self.batch_size)
+
+    def lr_in(self, server_round: int) -> float:
+        """Return the learning rate of a round."""
+        passed = sum(milestone < server_round for milestone in self.lr_milestones)
+        return self.lr * self.lr_decay**passed
 
 
 def _at_least_one(value: object) -> bool:
@@ -189,6 +208,7 @@ def train(
     cursor: int,
     moments: dict[str, np.ndarray] | None = None,
     *,
+    server_round: int = 1,
     on_step: StepHook | None = None,
 ) -> tuple[float, int, dict[str, np.ndarray]]:
     """Run one round's local iterations in place.
@@ -205,6 +225,8 @@ def train(
         Position in the client's stream of samples.
     moments : dict of str to numpy.ndarray, optional
         The optimiser's state of the last round; default: a new optimiser.
+    server_round : int, default 1
+        The round, which the learning rate follows.
     on_step : callable, optional
         Called with the parameter vector after every iteration.
 
@@ -223,7 +245,7 @@ def train(
     generator = torch.Generator()
     generator.manual_seed(derive_seed(batches.seed, "augment", batches.client, cursor))
     _set_precision(config.precision)
-    optimizer = _optimizer(model, config)
+    optimizer = _optimizer(model, config, config.lr_in(server_round))
     if config.persist_optimizer and moments:
         state = {name: torch.from_numpy(value) for name, value in moments.items()}
         optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: state}})
@@ -297,14 +319,14 @@ def _flat(
     return logits.flatten(0, -2), targets.flatten()
 
 
-def _optimizer(model: FlatModel, config: TrainingConfig) -> torch.optim.Optimizer:
+def _optimizer(
+    model: FlatModel, config: TrainingConfig, lr: float
+) -> torch.optim.Optimizer:
     if config.optimizer == "adam":
-        return torch.optim.Adam(
-            [model.vector], lr=config.lr, weight_decay=config.weight_decay
-        )
+        return torch.optim.Adam([model.vector], lr=lr, weight_decay=config.weight_decay)
     return torch.optim.SGD(
         [model.vector],
-        lr=config.lr,
+        lr=lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
     )

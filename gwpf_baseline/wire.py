@@ -2,9 +2,9 @@
 
 A payload is a short list of one-dimensional NumPy arrays. The first, uint8, is the
 frame: a fixed header and the coded bitmaps, in the order in which they were written.
-The others, float32, are vectors of values. Nothing is pickled. Whoever reads a payload
-says at each step what it must hold; anything else is a :class:`WireError`, before a
-single number of it is used.
+The others are vectors of values, of floats or of small integers. Nothing is pickled.
+Whoever reads a payload says at each step what it must hold; anything else is a
+:class:`WireError`, before a single number of it is used.
 """
 
 import re
@@ -26,12 +26,12 @@ _MAGIC = b"GW"
 _HEADER = struct.Struct("<2sBBBIiiiII")
 # length of the bitmap, number of ones, bytes of code that follow
 _BITMAP = struct.Struct("<III")
-# What numpy.save writes for a one-dimensional float32 or uint8 array; nothing else
-# is accepted, so no general parser ever sees a client's bytes.
+# What numpy.save writes for a one-dimensional array of small floats or integers;
+# nothing else is accepted, so no general parser ever sees a client's bytes.
 _NPY = re.compile(
     rb"\x93NUMPY\x01\x00([\x00-\xff]{2})"
-    rb"\{'descr': '(<f4|\|u1)', 'fortran_order': False, 'shape': \((\d{1,12}),\), \}"
-    rb" *\n"
+    rb"\{'descr': '(<f[24]|\|[iu]1|<[iu]2)', 'fortran_order': False, "
+    rb"'shape': \((\d{1,12}),\), \} *\n"
 )
 _NPY_MAX_HEADER = 192
 
@@ -190,7 +190,7 @@ class Writer:
         self.skipped = False
         self._header = header
         self._frame = [header.pack()]
-        self._vectors: list[FloatVector] = []
+        self._vectors: list[np.ndarray] = []
 
     def bitmap(self, bits: BoolVector) -> None:
         """Append a bitmap, coded at its entropy.
@@ -202,16 +202,18 @@ class Writer:
         """
         self._frame.append(encode_bitmap(bits))
 
-    def vector(self, values: FloatVector) -> None:
+    def vector(self, values: np.ndarray) -> None:
         """Append a vector of values.
 
         Parameters
         ----------
         values : numpy.ndarray
-            float32 ``(k,)``. An empty vector costs nothing.
+            ``(k,)``, float32 or float16, or integers of 8 or 16 bits, which travel as
+            they are. An empty vector costs nothing.
         """
         if values.size:
-            self._vectors.append(np.ascontiguousarray(values, dtype="<f4"))
+            little = values.dtype.newbyteorder("<")
+            self._vectors.append(np.ascontiguousarray(values, dtype=little))
 
     def skip(self) -> None:
         """Say that there is nothing worth sending, and take back what was written."""
@@ -271,29 +273,32 @@ class Reader:
         bits, self._offset = decode_bitmap(self._frame, self._offset, length)
         return bits
 
-    def vector(self, length: int) -> FloatVector:
+    def vector(self, length: int, dtype: npt.DTypeLike = np.float32) -> np.ndarray:
         """Take the next vector.
 
         Parameters
         ----------
         length : int
             The number of values that it must have.
+        dtype : data type, default float32
+            The type that they must have.
 
         Returns
         -------
         numpy.ndarray
-            float32 ``(length,)``, all finite. It may be read-only.
+            ``(length,)`` of that type, all finite. It may be read-only.
         """
+        wanted = np.dtype(dtype).newbyteorder("<")
         if length == 0:
-            return np.zeros(0, np.float32)
+            return np.zeros(0, wanted)
         if not self._vectors:
             raise WireError(f"a vector of {length} values is missing")
         values = self._vectors.pop()
-        if values.dtype != np.dtype("<f4") or values.shape != (length,):
+        if values.dtype != wanted or values.shape != (length,):
             raise WireError(
-                f"expected {length} float32 values, got {values.dtype} {values.shape}"
+                f"expected {length} {wanted} values, got {values.dtype} {values.shape}"
             )
-        # A sum in float64 is finite exactly if every float32 is: one pass, no mask.
+        # A sum in float64 is finite exactly if every value is: one pass, no mask.
         with np.errstate(invalid="ignore"):
             total = np.sum(values, dtype=np.float64)
         if not np.isfinite(total):
@@ -391,9 +396,9 @@ def parse_tensors(tensors: Sequence[bytes]) -> list[np.ndarray]:
     """Read the serialised arrays of a Flower ``Parameters`` without trusting them.
 
     ``numpy.load`` evaluates the header it finds and allocates what that announces;
-    this accepts only the headers that ``numpy.save`` writes for one-dimensional
-    float32 and uint8 arrays, followed by exactly the bytes they announce, and copies
-    nothing.
+    this accepts only the headers that ``numpy.save`` writes for one-dimensional arrays
+    of floats of 16 or 32 bits and integers of 8 or 16, followed by exactly the bytes
+    they announce, and copies nothing.
 
     Parameters
     ----------
@@ -414,8 +419,8 @@ def parse_tensors(tensors: Sequence[bytes]) -> list[np.ndarray]:
     for number, tensor in enumerate(tensors):
         match = _NPY.match(tensor[:_NPY_MAX_HEADER])
         if match is None or match.end() != 10 + int.from_bytes(match[1], "little"):
-            raise WireError(f"tensor {number} is no flat float32 or uint8 array")
-        dtype = np.dtype("<f4" if match[2] == b"<f4" else np.uint8)
+            raise WireError(f"tensor {number} is no flat array of small numbers")
+        dtype = np.dtype(match[2].decode())
         if len(tensor) - match.end() != int(match[3]) * dtype.itemsize:
             raise WireError(
                 f"tensor {number} announces {int(match[3])} values of {dtype} "

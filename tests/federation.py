@@ -35,7 +35,11 @@ from torch import nn
 from gwpf_baseline.checkpoint import CheckpointFolder
 from gwpf_baseline.client import ClientState, SyncClient, Task
 from gwpf_baseline.client_app import make_client
-from gwpf_baseline.config import workbench
+from gwpf_baseline.config import (
+    quantization_config,
+    server_optimizer_config,
+    workbench,
+)
 from gwpf_baseline.dataset import TaskData
 from gwpf_baseline.history import RoundRecord
 from gwpf_baseline.methods import load_method
@@ -184,6 +188,8 @@ def configured(
         "fraction_fit": cfg.fraction_fit,
         "seed": cfg.seed,
         "weighting": cfg.weighting,
+        "server_optimizer": server_optimizer_config(cfg),
+        "quantization": quantization_config(cfg),
         "checkpoints": CheckpointFolder(folder),
         "checkpoint_every": cfg.checkpoint_every,
         **strategy,
@@ -253,14 +259,22 @@ def small(
         More arguments of the strategy.
     """
     found, config = load_method({"module": method, **(options or {})})
-    model, data = small_net(), digits()
+    model, data = found.adapt(small_net(), config, 0), digits()
     flat, initial = FlatModel(copy.deepcopy(model)), parameters_to_vector(model)
     ends = np.cumsum([0, *sizes])
 
     def build(client: int, context: Context) -> SyncClient:
         rows = np.arange(ends[client], ends[client + 1])
         batches = Batches(data, rows, seed=0, client=client)
-        return found.client(context, flat, initial, batches, training, config=config)
+        return found.client(
+            context,
+            flat,
+            initial,
+            batches,
+            training,
+            config=config,
+            quantization=strategy.get("quantization"),
+        )
 
     server = found.strategy(model, config=config, num_clients=len(sizes), **strategy)
     return Federation(server, [Node(i, partial(build, i)) for i in range(len(sizes))])
@@ -328,7 +342,7 @@ def scripted(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0)
-    flat, initial = FlatModel(nn.Linear(1, 1)), parameters_to_vector(model)
+    flat, initial = FlatModel(nn.Linear(23, 1)), parameters_to_vector(model)
     data = digits()
     bases: Any = (Scripted, found.client)
     played = type("ScriptedClient", bases, {})

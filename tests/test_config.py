@@ -39,13 +39,7 @@ def test_every_choice_of_every_group_composes() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (
-            "method=nope",
-            (
-                "method=nope: must be one of apf, apf_aggressive, cmfl, fedavg, gaia, "
-                "gwpf, gwpf_paper, partial_sync, permanent_freeze"
-            ),
-        ),
+        ("method=nope", "method=nope: must be one of apf, apf_aggressive, cmfl, "),
         ("nokey=1", "nokey=1: must be one of the keys that --cfg job shows"),
         ("method.nokey=1", "method.nokey=1: must be one of the keys"),
         ("num_clients=0", "num_clients=0: must be a whole number >= 1"),
@@ -57,6 +51,20 @@ def test_every_choice_of_every_group_composes() -> None:
         ("lr=abc", "lr=abc: must be a number > 0"),
         ("lr=.nan", "lr=.nan: must be a number > 0"),
         ("lr=inf", "lr=inf: must be a number > 0"),
+        ("lr_milestones=20", "lr_milestones=20: must be a list of rounds"),
+        ("lr_milestones=[0]", "lr_milestones=[0]: must be a list of rounds"),
+        ("lr_milestones=[1.5]", "lr_milestones=[1.5]: must be a list of rounds"),
+        ("lr_decay=0", "lr_decay=0: must be in (0, 1]"),
+        ("lr_decay=2", "lr_decay=2: must be in (0, 1]"),
+        ("lr_decay=null", "lr_decay=None: must be in (0, 1]"),
+        ("quantization.bits=4", "quantization.bits=4: must be one of 32, 16, 8"),
+        ("quantization.fp16=1", "quantization.fp16=1: must be true or false"),
+        ("quantization=8", "quantization=8: must be given by bits, fp16"),
+        ("server_optimizer=adam", "server_optimizer=adam: must be one of fedadagrad"),
+        (
+            "server_optimizer=fedadam server_optimizer.lr=0",
+            "server_optimizer.lr=0: must be a number > 0",
+        ),
         ("momentum=1", "momentum=1: must be in [0, 1)"),
         ("weight_decay=-1", "weight_decay=-1: must be a number >= 0"),
         ("local_steps=0", "local_steps=0: must be a whole number >= 1"),
@@ -80,10 +88,7 @@ def test_every_choice_of_every_group_composes() -> None:
         ("method.thaw_quorum=-0.1", "method.thaw_quorum=-0.1: must be in [0, 1]"),
         ("method.thaw_rule=dice", "method.thaw_rule=dice: must be one of budget"),
         ("method.tighten=1", "method.tighten=1: must be true or false"),
-        (
-            "method.module=os",
-            "method.module=os: must be one of apf, cmfl, fedavg, gaia, gwpf",
-        ),
+        ("method.module=os", "method.module=os: must be one of apf, cmfl, fedavg, "),
         ("method=apf method.control=x", "method.control=x: must be one of aimd, add"),
         ("method=apf method.ema=1", "method.ema=1: must be in [0, 1)"),
         ("method=gaia method.threshold=0", "method.threshold=0: must be a number > 0"),

@@ -31,7 +31,8 @@ from gwpf_baseline.plots import plot_history
 HEADER = (
     "round,seconds,test_accuracy,test_loss,train_loss,uplink_bytes,downlink_bytes,"
     "cumulative_uplink_bytes,cumulative_downlink_bytes,dense_bytes,frozen_fraction,"
-    "sent_fraction,clients,failures,compute_seconds,modelled_seconds"
+    "sent_fraction,clients,failures,compute_seconds,modelled_seconds,"
+    "uplink_bits_per_parameter,downlink_bits_per_parameter,csr_bytes,mean_accuracy"
 )
 RUN: dict[str, Any] = {"method": "gwpf", "dataset": "digits", "model": "mlp", "seed": 3}
 
@@ -55,6 +56,8 @@ def make_record(number: int, **changes: Any) -> RoundRecord:
         failures=0,
         compute_seconds=0.03,
         modelled_seconds=0.2 * number,
+        uplink_bits_per_parameter=1.5,
+        downlink_bits_per_parameter=3.0,
     )
     return replace(record, **changes)
 
@@ -91,12 +94,17 @@ def test_history_csv_to_the_letter(tmp_path: Path) -> None:
             modelled_seconds=None,
         )
     )
-    history.add(make_record(2, seconds=2.5, modelled_seconds=0.5))
+    history.add(
+        make_record(
+            2, seconds=2.5, modelled_seconds=0.5, csr_bytes=700.0, mean_accuracy=0.25
+        )
+    )
     assert (tmp_path / "history.csv").read_bytes().decode() == (
         f"{HEADER}\n"
-        "1,1.5,,,0.3333333333333333,1000,2000,1000,2000,12000,0.0,,10,0,0.03,\n"
+        "1,1.5,,,0.3333333333333333,1000,2000,1000,2000,12000,0.0,,10,0,0.03,,"
+        "1.5,3.0,,\n"
         "2,2.5,0.6666666666666667,0.3333333333333333,0.25,1000,2000,2000,4000,24000,"
-        "0.9,0.1,10,0,0.03,0.5\n"
+        "0.9,0.1,10,0,0.03,0.5,1.5,3.0,700,0.25\n"
     )
 
 
@@ -172,13 +180,13 @@ def test_round_trips_are_exact(
 def test_rows_of_another_length_are_refused() -> None:
     """As those of another version's checkpoint would be."""
     for length in (14, 15, 17):
-        with pytest.raises(ValueError, match=f"{length} values, but 16 columns"):
+        with pytest.raises(ValueError, match=f"{length} values, but 20 columns"):
             from_rows([[0] * length])
 
 
-GOOD_ROW = "1,1.5,,,0.5,1000,2000,1000,2000,12000,0.9,,10,0,0.25,7.5\n"
-OLD_HEADER = HEADER.removesuffix(",compute_seconds,modelled_seconds")
-OLD_ROW = GOOD_ROW.replace(",0.25,7.5", "")
+GOOD_ROW = "1,1.5,,,0.5,1000,2000,1000,2000,12000,0.9,,10,0,0.25,7.5,1.0,4.0,,\n"
+OLD_HEADER = HEADER.partition(",uplink_bits")[0]
+OLD_ROW = GOOD_ROW.replace(",1.0,4.0,,", "")
 
 
 @pytest.mark.parametrize(
@@ -190,8 +198,8 @@ OLD_ROW = GOOD_ROW.replace(",0.25,7.5", "")
         (f"{HEADER}\n{GOOD_ROW}2,3.1,,,0.", "line 3: the line is incomplete"),
         # All cells are there, but the last may have been cut from 12 to 1.
         (f"{HEADER}\n{GOOD_ROW[:-1]}", "line 2: the line is incomplete"),
-        (f"{HEADER}\n{GOOD_ROW}\n", "line 3: 1 values, but 16 columns"),
-        (f"{HEADER}\n{GOOD_ROW}1,2\n", "line 3: 2 values, but 16 columns"),
+        (f"{HEADER}\n{GOOD_ROW}\n", "line 3: 1 values, but 20 columns"),
+        (f"{HEADER}\n{GOOD_ROW}1,2\n", "line 3: 2 values, but 20 columns"),
         (f"{HEADER}\nx{GOOD_ROW}", "line 2: round: 'x1' is no number"),
         (f"{HEADER}\n{GOOD_ROW.replace('1.5', '')}", "line 2: seconds: None"),
         (f"{HEADER}\n{GOOD_ROW.replace('0.9', chr(0))}", "line 2: frozen_fraction"),
@@ -297,7 +305,21 @@ def test_summary_of_a_run(tmp_path: Path) -> None:
         ("traffic_ratio", 0.25),
         ("seconds", 10.0),
         ("modelled_seconds", 0.8),
+        ("uplink_bits_per_parameter", 1.5),
+        ("downlink_bits_per_parameter", 3.0),
+        ("total_csr_bytes", None),
+        ("final_mean_accuracy", None),
     ]
+
+
+def test_summary_of_a_sparse_and_random_network(tmp_path: Path) -> None:
+    """Bytes as CSR are summed up, the mean network's accuracy is the last one."""
+    history = History(tmp_path)
+    for number, accuracy in enumerate([0.5, 0.75, None], start=1):
+        history.add(make_record(number, csr_bytes=100, mean_accuracy=accuracy))
+    summary = history.summary(**RUN, parameters=50)
+    assert summary["total_csr_bytes"] == 300
+    assert summary["final_mean_accuracy"] == 0.75
 
 
 def test_summary_of_a_language_model(tmp_path: Path) -> None:

@@ -18,20 +18,17 @@ from omegaconf import OmegaConf
 from gwpf_baseline.config import compose_config
 from gwpf_baseline.history import COLUMNS, History, RoundRecord, read_history
 from gwpf_baseline.report import (
-    Run,
     average_curve,
-    check_comparable,
-    find_runs,
     first_reaching,
-    group_runs,
     lay_out,
     main,
     metric_of,
-    read_run,
     summarise,
 )
+from gwpf_baseline.runs import Run, check_comparable, find_runs, group_runs, read_run
 
 FIGURES = {"metric_rounds.png", "metric_bytes.png", "metric_time.png", "frozen.png"}
+FIGURES |= {"bandwidth.png"}
 # Three seeds of one method, as unlike as seeds are; the third diverges.
 ACCURACIES = [[0.5, None, 0.8, 0.9], [0.4, None, 0.95, 0.85], [0.3, None, 0.2, 0.1]]
 
@@ -55,6 +52,10 @@ def make_record(number: int, **changes: Any) -> RoundRecord:
         failures=0,
         compute_seconds=0.5,
         modelled_seconds=2.0 * number,
+        uplink_bits_per_parameter=8.0 * number,
+        downlink_bits_per_parameter=32.0,
+        csr_bytes=1500,
+        mean_accuracy=0.5 + 0.01 * number,
     )
     return replace(record, **changes)
 
@@ -385,7 +386,7 @@ def column_of(folder: Path, name: str) -> list[float]:
 def expected_row(method: str, folders: list[Path], target: float) -> dict[str, Any]:
     """Calculate a row the slow way: a list of numbers for everything."""
     finals, bests, ups, downs, ratios, frozen, compute = [], [], [], [], [], [], []
-    rounds, sent, modelled = [], [], []
+    rounds, sent, modelled, csr, bits = [], [], [], [], []
     for folder in folders:
         accuracies = column_of(folder, "test_accuracy")
         finals.append(accuracies[-1])
@@ -395,6 +396,9 @@ def expected_row(method: str, folders: list[Path], target: float) -> dict[str, A
         dense = column_of(folder, "dense_bytes")[-1]
         ratios.append((ups[-1] + downs[-1]) / dense)
         compute.append(sorted(column_of(folder, "compute_seconds"))[1])
+        csr.append(sum(column_of(folder, "csr_bytes")))
+        means = column_of(folder, "mean_accuracy")
+        bits.append(statistics.mean(column_of(folder, "uplink_bits_per_parameter")))
         shares = column_of(folder, "frozen_fraction")
         frozen += [statistics.mean(shares)] if shares else []
         with open(folder / "history.csv", newline="", encoding="utf-8") as file:
@@ -426,6 +430,10 @@ def expected_row(method: str, folders: list[Path], target: float) -> dict[str, A
         "compute_seconds": sum(compute) / 3,
         "compute_overhead": sum(compute) / 3 / fedavg - 1,
         "modelled_seconds": 8.0,
+        "uplink_bits_per_parameter": sum(bits) / 3,
+        "downlink_bits_per_parameter": 32.0,
+        "total_csr_bytes": sum(csr) / 3,
+        "final_mean_accuracy": means[-1],
         "target": target,
         "reached": len(rounds),
         "rounds_to_target": sum(rounds) / len(rounds) if rounds else None,
@@ -481,6 +489,10 @@ def test_the_row_agrees_with_the_summary(tmp_path: Path) -> None:
             "total_downlink_bytes",
             "traffic_ratio",
             "modelled_seconds",
+            "uplink_bits_per_parameter",
+            "downlink_bits_per_parameter",
+            "total_csr_bytes",
+            "final_mean_accuracy",
         }
         assert {key: row[key] for key in common} == {k: expected[k] for k in common}
 
@@ -560,7 +572,9 @@ def test_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert row == {k: "" if v is None else str(v) for k, v in calculated.items()}
 
     text = (output / "report.md").read_text(encoding="utf-8")
-    assert "| `gwpf` | 3 | 0.6167 ± 0.4481 | 0.7167 | 0.00362 | 0.00800 |" in text
+    assert (
+        "| `gwpf` | 3 | 0.6167 ± 0.4481 | 0.7167 | 0.5400 | 0.00362 | 0.00800 |" in text
+    )
     assert "## To a test accuracy of at least 0.85" in text
     assert "| `gwpf` | 2/3 | 3.5 | " in text
     assert f"- `gwpf`: `{tmp_path / 'runs' / 'gwpf' / '0'}`" in text
@@ -587,7 +601,16 @@ def test_what_no_run_has_is_left_out(
     report(full, "--target", "0.4", "--output", output)
     assert FIGURES <= set(os.listdir(output))
 
-    lacking = {"compute_seconds": None, "modelled_seconds": None}
+    lacking = dict.fromkeys(
+        (
+            "compute_seconds",
+            "modelled_seconds",
+            "uplink_bits_per_parameter",
+            "downlink_bits_per_parameter",
+            "csr_bytes",
+            "mean_accuracy",
+        )
+    )
     run = make_run(tmp_path / "lacking", records=[make_record(1, **lacking)])
     report(run, "--output", output)
     (row,) = table(output)
@@ -639,6 +662,8 @@ def test_runs_in_which_everything_failed(
         "failures": 10,
         "compute_seconds": None,
         "modelled_seconds": 0.0,
+        "uplink_bits_per_parameter": 0.0,
+        "downlink_bits_per_parameter": 0.0,
     }
     runs = [
         make_run(tmp_path / str(seed), records=[make_record(1, **nothing)], seed=seed)

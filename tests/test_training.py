@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federation import digits, small_net
+from federation import digits, small, small_net
 from numpy.testing import assert_array_equal
 
 from gwpf_baseline import training
@@ -181,6 +181,34 @@ def test_training_learns_and_evaluation_measures() -> None:
     assert guessing < 0.3 and accuracy > 0.8
     assert loss < before and after < before
     assert evaluate(model, DATA, batch_size=7) == pytest.approx((after, accuracy))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_the_learning_rate_falls_after_its_milestones(optimizer: str) -> None:
+    """A round's steps are those of the rate that counts in it."""
+    config = TrainingConfig(
+        local_steps=2, lr=0.1, lr_milestones=(2, 4), lr_decay=0.5, optimizer=optimizer
+    )
+    rates = [config.lr_in(number) for number in range(1, 7)]
+    assert rates == [0.1, 0.1, 0.05, 0.05, 0.025, 0.025]
+    for number, rate in enumerate(rates, start=1):
+        plain = TrainingConfig(local_steps=2, lr=rate, optimizer=optimizer)
+        one, other = FlatModel(small_net()), FlatModel(small_net())
+        train(one, batches(), config, 0, server_round=number)
+        train(other, batches(), plain, 0)
+        assert torch.equal(one.vector, other.vector)
+
+
+def test_clients_know_the_round() -> None:
+    """Also after a resume: their rate follows the server's count."""
+    config = TrainingConfig(local_steps=1, lr=0.1, lr_milestones=(2,), lr_decay=1e-6)
+    federation = small([20, 30], config, "fedavg")
+    moved = []
+    for _ in range(4):
+        before = federation.strategy.weights.clone()
+        assert federation.play().failures == 0
+        moved.append(float((federation.strategy.weights - before).norm()))
+    assert min(moved[:2]) > 1e3 * max(moved[2:])
 
 
 def test_long_gradients_are_scaled_to_the_limit() -> None:

@@ -6,9 +6,16 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from gwpf_baseline.client import SyncClient
 from gwpf_baseline.strategy import SyncStrategy
 from gwpf_baseline.utils import ConfigError
+
+
+def _as_it_is(model: nn.Module, config: Any, seed: int) -> nn.Module:
+    del config, seed
+    return model
 
 
 class Method(NamedTuple):
@@ -22,11 +29,15 @@ class Method(NamedTuple):
         The server's half; takes a `config` beside :class:`SyncStrategy`'s arguments.
     client : callable
         The client's half; takes a `config` beside :class:`SyncClient`'s arguments.
+    adapt : callable, optional
+        From a model with its initial weights, the `config` and the run's seed to the
+        model that the method trains, exchanges and measures. Default: the same.
     """
 
     config: type
     strategy: Callable[..., SyncStrategy]
     client: Callable[..., SyncClient]
+    adapt: Callable[[nn.Module, Any, int], nn.Module] = _as_it_is
 
 
 def load_method(options: dict[str, Any]) -> tuple[Method, Any]:

@@ -284,7 +284,9 @@ class APFStrategy(SyncStrategy[FloatVector]):
             client
             for client, record in self.clients.items()
             if (last == record.version == 0)
-            or (client in self.in_step and record.accepted == last)
+            # From a model that was rounded on its way another mask would follow.
+            or (self.quantization.exact and client in self.in_step)
+            and record.accepted == last
         }
         return self.mask
 
@@ -294,7 +296,7 @@ class APFStrategy(SyncStrategy[FloatVector]):
 
     def read_upload(self, reader: Reader) -> FloatVector:
         """Take the updates of the active coordinates."""
-        return reader.vector(self.value_sum.numel())
+        return self.read_update(reader, self.mask)
 
     def add_upload(self, upload: FloatVector, weight: float) -> None:
         """Add one client's updates."""
@@ -302,10 +304,7 @@ class APFStrategy(SyncStrategy[FloatVector]):
 
     def finish_exchange(self, total_weight: float) -> torch.Tensor:
         """Move the active coordinates by their mean update."""
-        update = self.value_sum.div_(total_weight).numpy()
-        weights = self.weights.numpy()
-        for index, part in blocks(self.mask):
-            weights[index] += update[part]
+        self.move(self.value_sum.div_(total_weight).numpy(), self.mask)
         return torch.from_numpy(self.mask)
 
     def metrics(self) -> dict[str, float]:
@@ -382,7 +381,7 @@ class APFClient(SyncClient):
         else:
             delta, loss = self.train(task.weights, task, state, self._roll_back(task))
         residual += delta.numpy()
-        writer.vector(residual[task.mask])
+        self.write_update(writer, task, residual[task.mask], task.mask)
         state.arrays["mask"] = task.mask
         return loss
 

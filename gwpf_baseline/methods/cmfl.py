@@ -144,7 +144,7 @@ class CMFLClient(SyncClient):
             threshold /= math.sqrt(task.header.exchange)
         # Before the first global update nothing can be told, and everything is sent.
         if last_global is None or relevance(delta.numpy(), last_global) >= threshold:
-            writer.vector(delta.numpy())
+            self.write_update(writer, task, delta.numpy())
         else:
             writer.skip()
         return loss

@@ -51,7 +51,7 @@ class FedAvgStrategy(SyncStrategy[FloatVector]):
 
     def read_upload(self, reader: Reader) -> FloatVector:
         """Take a dense update."""
-        return reader.vector(self.dimension)
+        return self.read_update(reader)
 
     def add_upload(self, upload: FloatVector, weight: float) -> None:
         """Add a dense update."""
@@ -59,7 +59,7 @@ class FedAvgStrategy(SyncStrategy[FloatVector]):
 
     def finish_exchange(self, total_weight: float) -> None:
         """Move the model by the mean update."""
-        self.weights.add_(self.update_sum, alpha=1.0 / total_weight)
+        self.move(self.update_sum.div_(total_weight).numpy())
 
     def metrics(self) -> dict[str, float]:
         """Everything is sent; nothing is ever frozen."""
@@ -89,7 +89,7 @@ class FedAvgClient(SyncClient):
     def upload(self, task: Task, state: ClientState, writer: Writer) -> float:
         """Train from the global model and send the whole update."""
         delta, loss = self.train(task.weights, task, state)
-        writer.vector(delta.numpy())
+        self.write_update(writer, task, delta.numpy())
         return loss
 
 

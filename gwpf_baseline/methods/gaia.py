@@ -10,16 +10,16 @@ and trains with: no update is lost, it only arrives later.
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from gwpf_baseline.client import ClientState, SyncClient, Task
+from gwpf_baseline.client import ClientState, Task
 from gwpf_baseline.methods import Method
-from gwpf_baseline.strategy import SyncStrategy
+from gwpf_baseline.sparse import SparseClient, SparseStrategy
 from gwpf_baseline.utils import ConfigError, is_number
-from gwpf_baseline.wire import BoolVector, FloatVector, Reader, Writer
+from gwpf_baseline.wire import BoolVector, FloatVector, Writer
 
 
 @dataclass(frozen=True)
@@ -71,22 +71,7 @@ def significant(
     return np.abs(update) > least * np.abs(weights)
 
 
-class GaiaUpload(NamedTuple):
-    """What one client sends.
-
-    Parameters
-    ----------
-    mask : numpy.ndarray
-        bool ``(d,)``, the coordinates with a significant update.
-    values : numpy.ndarray
-        float32, these updates.
-    """
-
-    mask: BoolVector
-    values: FloatVector
-
-
-class GaiaStrategy(SyncStrategy[GaiaUpload]):
+class GaiaStrategy(SparseStrategy):
     """The server's half of Gaia.
 
     Parameters
@@ -94,7 +79,7 @@ class GaiaStrategy(SyncStrategy[GaiaUpload]):
     *args : object
         See :class:`SyncStrategy`.
     config : GaiaConfig
-        The hyper-parameters.
+        Nothing for the server: clients decide.
     **kwargs : object
         See :class:`SyncStrategy`.
     """
@@ -102,41 +87,11 @@ class GaiaStrategy(SyncStrategy[GaiaUpload]):
     name = "gaia"
 
     def __init__(self, *args: Any, config: GaiaConfig, **kwargs: Any) -> None:
+        del config
         super().__init__(*args, **kwargs)
-        self.config = config
-        self.update_sum = np.zeros(0, np.float32)
-        self.changed = np.zeros(0, np.bool_)
-        self.shares: list[float] = []
-
-    def begin_exchange(self) -> None:
-        """Start the sum afresh; each client chooses its own mask."""
-        self.update_sum = np.zeros(self.dimension, np.float32)
-        self.changed = np.zeros(self.dimension, np.bool_)
-        self.shares = []
-
-    def read_upload(self, reader: Reader) -> GaiaUpload:
-        """Take one client's mask and values."""
-        mask = reader.bitmap(self.dimension)
-        return GaiaUpload(mask, reader.vector(int(np.count_nonzero(mask))))
-
-    def add_upload(self, upload: GaiaUpload, weight: float) -> None:
-        """Add one client's significant updates."""
-        self.update_sum[upload.mask] += np.float32(weight) * upload.values
-        self.changed |= upload.mask
-        self.shares.append(upload.values.size / self.dimension)
-
-    def finish_exchange(self, total_weight: float) -> torch.Tensor:
-        """Move the model by the mean over all clients, unsent updates being 0."""
-        update = torch.from_numpy(self.update_sum)
-        self.weights.add_(update, alpha=1.0 / total_weight)
-        return torch.from_numpy(self.changed)
-
-    def metrics(self) -> dict[str, float]:
-        """Return the share of coordinates that a client sent, on average."""
-        return {"sent_fraction": float(np.mean(self.shares))}
 
 
-class GaiaClient(SyncClient):
+class GaiaClient(SparseClient):
     """The client's half of Gaia.
 
     Parameters
@@ -167,9 +122,7 @@ class GaiaClient(SyncClient):
             self.config.threshold,
             task.header.exchange,
         )
-        writer.bitmap(mask)
-        writer.vector(residual[mask])
-        state.arrays["mask"] = mask
+        self.send(writer, task, state, residual, mask)
         return loss
 
 

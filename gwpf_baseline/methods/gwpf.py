@@ -9,7 +9,6 @@ accumulating what they learn about it, and one bit a frozen coordinate tells the
 when that matters again; the server then thaws it, and what has accumulated arrives.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ import torch
 from gwpf_baseline.checkpoint import as_arrays, as_tensors
 from gwpf_baseline.client import ClientState, SyncClient, Task, drifted
 from gwpf_baseline.methods import Method
+from gwpf_baseline.pruning import share
 from gwpf_baseline.stability import Stability, blocks
 from gwpf_baseline.strategy import SyncStrategy
 from gwpf_baseline.utils import ConfigError, derive_seed, is_number
@@ -119,11 +119,6 @@ class GWPFConfig:
 # ---- the algorithm: pure functions on flat vectors ----------------------------------
 
 
-def _share(fraction: float, total: int) -> int:
-    """Return a share, rounded up; 0.28 of 25 is 7, though as floats it is more."""
-    return math.ceil(fraction * total * (1 - 1e-12))
-
-
 def importance_votes(accumulated: FloatVector, fraction: float) -> BoolVector:
     """Vote for the coordinates with the largest accumulated updates.
 
@@ -142,7 +137,7 @@ def importance_votes(accumulated: FloatVector, fraction: float) -> BoolVector:
     size = np.abs(accumulated)
     if size.size == 0:
         return np.zeros(0, np.bool_)
-    count = _share(fraction, size.size)
+    count = share(fraction, size.size)
     least = np.partition(size, size.size - count)[size.size - count]
     return (size >= least) & (size > 0)
 
@@ -186,7 +181,7 @@ def thaw_by_quorum(counts: np.ndarray, clients: int, quorum: float) -> BoolVecto
     numpy.ndarray
         bool ``(m,)``.
     """
-    return counts >= max(1, _share(quorum, clients))
+    return counts >= max(1, share(quorum, clients))
 
 
 def thaw_by_budget(counts: np.ndarray, budget: int, seed: int) -> BoolVector:
@@ -298,7 +293,7 @@ class GWPFStrategy(SyncStrategy[GWPFUpload]):
         votes = None
         if not self.follow_up:
             votes = reader.bitmap(self.vote_counts.size)
-        return GWPFUpload(votes, reader.vector(self.value_sum.numel()))
+        return GWPFUpload(votes, self.read_update(reader, self.asked.numpy()))
 
     def add_upload(self, upload: GWPFUpload, weight: float) -> None:
         """Add one client's values to the sums and its votes to the counts."""
@@ -314,7 +309,7 @@ class GWPFStrategy(SyncStrategy[GWPFUpload]):
         update = self.value_sum.div_(total_weight).numpy()
         keep = np.zeros_like(asked)
         for index, part in blocks(asked):
-            weights[index] += update[part]
+            self.optimizer.step(weights, index, update[part])
             if self.config.freeze_rule == "threshold":
                 keep[index] = ~self.stability.observe(index, update[part])
         if self.follow_up:
@@ -341,8 +336,8 @@ class GWPFStrategy(SyncStrategy[GWPFUpload]):
 
     def metrics(self) -> dict[str, float]:
         """Return the share of coordinates that stayed frozen, and that were sent."""
-        share = self.sent / self.dimension
-        return {"frozen_fraction": 1.0 - share, "sent_fraction": share}
+        sent = self.sent / self.dimension
+        return {"frozen_fraction": 1.0 - sent, "sent_fraction": sent}
 
     def method_state(self) -> dict[str, Any]:
         """Return the mask, the averages and the threshold."""
@@ -358,7 +353,7 @@ class GWPFStrategy(SyncStrategy[GWPFUpload]):
         if self.config.thaw_rule == "quorum":
             quorum = self.config.thaw_quorum
             return thaw_by_quorum(self.vote_counts, self.voters, quorum)
-        budget = _share(self.config.thaw_budget, self.dimension)
+        budget = share(self.config.thaw_budget, self.dimension)
         seed = derive_seed(self.seed, "ties", self.exchange)
         return thaw_by_budget(self.vote_counts, budget, seed)
 
@@ -392,7 +387,7 @@ class GWPFClient(SyncClient):
         loss = None
         if not task.header.follow_up:
             loss = self._learn(task, state, residual, writer)
-        writer.vector(residual[task.mask])
+        self.write_update(writer, task, residual[task.mask], task.mask)
         state.arrays["mask"] = task.mask
         return loss
 

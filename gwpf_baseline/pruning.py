@@ -1,0 +1,94 @@
+"""Which values of a vector are worth sending, by their magnitude."""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from gwpf_baseline.params import Layer
+from gwpf_baseline.wire import BoolVector, FloatVector
+
+
+def share(fraction: float, total: int) -> int:
+    """Return a share, rounded up; 0.28 of 25 is 7, though as floats it is more."""
+    return math.ceil(fraction * total * (1 - 1e-12))
+
+
+def largest(magnitude: FloatVector, count: int) -> BoolVector:
+    """Choose the largest values.
+
+    Parameters
+    ----------
+    magnitude : numpy.ndarray
+        float32 ``(m,)``.
+    count : int
+        How many, at most m.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool ``(m,)`` with exactly `count` set; of equal values the first.
+    """
+    if count <= 0:
+        return np.zeros(magnitude.size, np.bool_)
+    place = magnitude.size - count
+    least = np.partition(magnitude, place)[place]
+    chosen = magnitude > least
+    tied = np.flatnonzero(magnitude == least)
+    chosen[tied[: count - np.count_nonzero(chosen)]] = True
+    return chosen
+
+
+def above_threshold(
+    values: FloatVector, layers: Iterable[Layer], threshold: float
+) -> BoolVector:
+    """Choose, in each layer, the values that are not small beside its largest one.
+
+    Parameters
+    ----------
+    values : numpy.ndarray
+        float32 ``(d,)``.
+    layers : iterable of Layer
+        The layers.
+    threshold : float
+        The least magnitude, as a share of the layer's largest.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool ``(d,)``. A value of 0 is never chosen.
+    """
+    magnitude = np.abs(values)
+    chosen = magnitude > 0
+    for span, _ in layers:
+        part = magnitude[span]
+        least = np.float32(threshold) * part.max(initial=0)
+        chosen[span] &= part >= least
+    return chosen
+
+
+def largest_share(
+    values: FloatVector, layers: Iterable[Layer], keep: float
+) -> BoolVector:
+    """Choose a share of each layer's values: the largest.
+
+    Parameters
+    ----------
+    values : numpy.ndarray
+        float32 ``(d,)``.
+    layers : iterable of Layer
+        The layers.
+    keep : float
+        The share, in ``[0, 1]``; rounded up.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool ``(d,)``. A value of 0 is never chosen.
+    """
+    magnitude = np.abs(values)
+    chosen = magnitude > 0
+    for span, _ in layers:
+        part = magnitude[span]
+        chosen[span] &= largest(part, share(keep, part.size))
+    return chosen

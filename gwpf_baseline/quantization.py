@@ -1,0 +1,182 @@
+"""Values in fewer bits, on the way of any method that sends some."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gwpf_baseline.utils import ConfigError, is_number
+from gwpf_baseline.wire import FloatVector, Reader, WireError, Writer
+
+# The signed integers that updates are rounded to.
+_LEVELS: dict[int, np.dtype] = {8: np.dtype(np.int8), 16: np.dtype("<i2")}
+_HALF = np.dtype("<f2")
+_HALF_MAX = np.float32(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How values travel.
+
+    Parameters
+    ----------
+    bits : {32, 16, 8}
+        Bits of an update's value on its way to the server. Below 32 it is rounded, at
+        random and without bias, to a multiple of a step that each tensor has of its
+        own.
+    fp16 : bool, default False
+        Whether what otherwise travels in 32 bits, to the server or to clients, is cast
+        to half precision. Buffers never are.
+
+    Raises
+    ------
+    ConfigError
+        A value that is not allowed.
+    """
+
+    bits: int = 32
+    fp16: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if not is_number(self.bits) or self.bits not in (32, *_LEVELS):
+            raise ConfigError("quantization.bits", self.bits, "one of 32, 16, 8")
+        if not isinstance(self.fp16, bool):
+            raise ConfigError("quantization.fp16", self.fp16, "true or false")
+
+    @property
+    def exact(self) -> bool:
+        """Whether clients hold the global model to the bit."""
+        return not self.fp16
+
+    def write_values(self, writer: Writer, values: FloatVector) -> None:
+        """Write a model's values.
+
+        Parameters
+        ----------
+        writer : Writer
+            The payload.
+        values : numpy.ndarray
+            float32 ``(k,)``; half precision cuts them off at 65504.
+        """
+        if self.fp16:
+            values = np.clip(values, -_HALF_MAX, _HALF_MAX).astype(_HALF)
+        writer.vector(values)
+
+    def read_values(self, reader: Reader, length: int) -> FloatVector:
+        """Take what :meth:`write_values` wrote, float32 ``(length,)``."""
+        if not self.fp16:
+            return reader.vector(length)
+        return reader.vector(length, _HALF).astype(np.float32)
+
+    def write_update(
+        self, writer: Writer, values: FloatVector, counts: Sequence[int], seed: int
+    ) -> None:
+        """Write an update's values.
+
+        Parameters
+        ----------
+        writer : Writer
+            The payload.
+        values : numpy.ndarray
+            float32 ``(k,)``.
+        counts : sequence of int
+            How many of them belong to each tensor, in order.
+        seed : int
+            Of the rounding.
+        """
+        if self.bits == 32:
+            self.write_values(writer, values)
+            return
+        levels, steps = quantize(values, counts, self.bits, seed)
+        writer.vector(steps)
+        writer.vector(levels)
+
+    def read_update(self, reader: Reader, counts: Sequence[int]) -> FloatVector:
+        """Take what :meth:`write_update` wrote, float32 ``(sum(counts),)``.
+
+        Raises
+        ------
+        WireError
+            The payload holds something else.
+        """
+        if self.bits == 32:
+            return self.read_values(reader, sum(counts))
+        steps = reader.vector(sum(count > 0 for count in counts))
+        levels = reader.vector(sum(counts), _LEVELS[self.bits])
+        limit = np.finfo(np.float32).max / 2**self.bits
+        if np.abs(steps).max(initial=0) > limit:
+            raise WireError(f"a step of quantisation is larger than {limit:.3g}")
+        return dequantize(levels, steps, counts)
+
+
+def quantize(
+    values: FloatVector, counts: Sequence[int], bits: int, seed: int
+) -> tuple[np.ndarray, FloatVector]:
+    """Round values to few levels, at random so that the expectation is the value.
+
+    Alistarh et al.: QSGD, NeurIPS 2017, section 3.1, with the largest magnitude of a
+    tensor in the place of its norm.
+
+    Parameters
+    ----------
+    values : numpy.ndarray
+        float32 ``(k,)``.
+    counts : sequence of int
+        How many of them belong to each tensor, in order.
+    bits : {8, 16}
+        Bits of a level.
+    seed : int
+        Of the rounding.
+
+    Returns
+    -------
+    levels : numpy.ndarray
+        int8 or int16 ``(k,)``, symmetrical about 0.
+    steps : numpy.ndarray
+        float32, what a level is worth in each tensor that has any values.
+    """
+    limit = 2 ** (bits - 1) - 1
+    levels = np.empty(values.size, _LEVELS[bits])
+    steps = np.zeros(sum(count > 0 for count in counts), np.float32)
+    rng = np.random.default_rng(seed)
+    stop = 0
+    for number, count in enumerate(filter(None, counts)):
+        start, stop = stop, stop + count
+        part = values[start:stop]
+        step = np.float32(np.abs(part).max() / limit)
+        draws = rng.random(count, np.float32)
+        if step == 0:
+            levels[start:stop] = 0
+            continue
+        steps[number] = step
+        scaled = part / step
+        rounded = np.floor(scaled)
+        rounded += draws < scaled - rounded
+        levels[start:stop] = np.clip(rounded, -limit, limit)
+    return levels, steps
+
+
+def dequantize(
+    levels: np.ndarray, steps: FloatVector, counts: Sequence[int]
+) -> FloatVector:
+    """Undo :func:`quantize`, up to its rounding.
+
+    Parameters
+    ----------
+    levels, steps : numpy.ndarray
+        As :func:`quantize` returned them.
+    counts : sequence of int
+        As given to it.
+
+    Returns
+    -------
+    numpy.ndarray
+        float32 ``(k,)``.
+    """
+    values = levels.astype(np.float32)
+    stop = 0
+    for step, count in zip(steps, filter(None, counts), strict=True):
+        start, stop = stop, stop + count
+        values[start:stop] *= step
+    return values

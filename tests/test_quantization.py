@@ -1,0 +1,165 @@
+"""Tests of values in fewer bits, against slow and obvious references."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from federation import small
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.testing import assert_allclose, assert_array_equal
+
+from gwpf_baseline.quantization import Quantization, dequantize, quantize
+from gwpf_baseline.training import TrainingConfig
+from gwpf_baseline.utils import ConfigError
+from gwpf_baseline.wire import Header, Kind, Reader, WireError, Writer
+
+TRAINING = TrainingConfig(local_steps=2, batch_size=8, lr=0.2)
+HEADER = Header("test", Kind.UPDATE, exchange=1, base=0, length=20)
+FLOATS = st.floats(-(2.0**40), 2.0**40, width=32)
+VALUES = hnp.arrays(np.float32, 20, elements=FLOATS)
+COUNTS = st.sampled_from([[20], [0, 7, 13], [1, 0, 0, 19], [5, 5, 5, 5]])
+
+
+@given(VALUES, COUNTS, st.sampled_from([8, 16]))
+def test_a_value_becomes_one_of_its_neighbouring_levels(
+    values: np.ndarray, counts: list[int], bits: int
+) -> None:
+    """In each tensor by the tensor's own step; the largest value and zeros exactly."""
+    levels, steps = quantize(values, counts, bits, seed=1)
+    back = dequantize(levels, steps, counts)
+    limit, nonempty = 2 ** (bits - 1) - 1, [c for c in counts if c]
+    assert len(steps) == len(nonempty)
+    start = 0
+    for step, count in zip(steps.tolist(), nonempty, strict=True):
+        part, decoded = values[start : start + count], back[start : start + count]
+        top = float(np.abs(part).max())
+        assert math.isclose(step * limit, top, rel_tol=1e-5, abs_tol=1e-30)
+        assert np.all(np.abs(decoded - part) <= step * (1 + 1e-3) + 1e-37)
+        assert np.all(decoded[part == 0] == 0)
+        largest = np.abs(part) == top
+        assert_allclose(decoded[largest], part[largest], rtol=1e-5, atol=1e-37)
+        start += count
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_rounding_is_without_bias(bits: int) -> None:
+    """The mean of many roundings is the value, within five standard errors."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=50).astype(np.float32)
+    repeats = 4000
+    total = np.zeros(50)
+    for seed in range(repeats):
+        levels, steps = quantize(values, [20, 30], bits, seed)
+        total += dequantize(levels, steps, [20, 30])
+    per_value = np.repeat(steps, [20, 30])
+    # One rounding's variance is at most a quarter of the squared step.
+    error = 5 * per_value / 2 / math.sqrt(repeats)
+    assert np.all(np.abs(total / repeats - values) <= error + 1e-6 * np.abs(values))
+
+
+def test_the_seed_decides() -> None:
+    """The same seed gives the same levels, another one others."""
+    values = np.linspace(-1, 1, 1000, dtype=np.float32)
+    first, _ = quantize(values, [1000], 8, seed=3)
+    again, _ = quantize(values, [1000], 8, seed=3)
+    other, _ = quantize(values, [1000], 8, seed=4)
+    assert_array_equal(first, again)
+    assert np.any(first != other)
+
+
+def _sent(quantization: Quantization, values: np.ndarray, counts: Sequence[int]) -> Any:
+    writer = Writer(HEADER)
+    quantization.write_update(writer, values, counts, seed=0)
+    return writer.arrays()
+
+
+@pytest.mark.parametrize("bits", [8, 16, 32])
+@pytest.mark.parametrize("fp16", [False, True])
+@given(VALUES, COUNTS)
+def test_what_is_written_can_be_read(
+    bits: int, fp16: bool, values: np.ndarray, counts: list[int]
+) -> None:
+    """Each value is close to what was sent, and nothing is left over."""
+    quantization = Quantization(bits, fp16)
+    reader = Reader(_sent(quantization, values, counts), "test", 20)
+    back = quantization.read_update(reader, counts)
+    reader.finish()
+    assert back.dtype == np.float32
+    if bits == 32 and fp16:
+        expected = np.clip(values, -65504, 65504).astype(np.float16)
+        assert_array_equal(back, expected.astype(np.float32))
+    elif bits == 32:
+        assert_array_equal(back, values)
+
+
+def test_another_precision_is_refused() -> None:
+    """By whoever expects other bits, and before a number is used."""
+    values, counts = np.ones(20, np.float32), [20]
+    kinds = [Quantization(8), Quantization(16), Quantization(), Quantization(fp16=True)]
+    for sender in kinds:
+        for receiver in kinds:
+            reader = Reader(_sent(sender, values, counts), "test", 20)
+            if sender == receiver:
+                receiver.read_update(reader, counts)
+                continue
+            with pytest.raises(WireError, match="expected|too many|missing"):
+                receiver.read_update(reader, counts)
+                reader.finish()
+
+
+@pytest.mark.parametrize("step", [math.inf, -math.nan, 3e38, -3e38])
+def test_a_hostile_step_is_refused(step: float) -> None:
+    """Its product with a level would not be finite."""
+    writer = Writer(HEADER)
+    writer.vector(np.array([step], np.float32))
+    writer.vector(np.full(20, 127, np.int8))
+    with pytest.raises(WireError, match="step|NaN"):
+        Quantization(8).read_update(Reader(writer.arrays(), "test", 20), [20])
+
+
+METHODS = ["fedavg", "gwpf", "apf", "gaia", "cmfl", "gradient_pruning"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_that_sends_values_sends_fewer_bits(method: str) -> None:
+    """It learns as before; values cost a quarter, and half with half precision."""
+    sizes: dict[tuple[int, bool], tuple[int, int]] = {}
+    losses = []
+    options = {"freeze_rule": "threshold"} if method == "gwpf" else {}
+    for bits, fp16 in ((32, False), (8, False), (32, True)):
+        federation = small(
+            [40, 60, 50],
+            TRAINING,
+            method,
+            options,
+            quantization=Quantization(bits, fp16),
+        )
+        first = federation.play()
+        last = federation.play(11)
+        assert last.failures == 0 and federation.strategy.records[1].failures == 0
+        sizes[bits, fp16] = first.uplink_bytes, last.cumulative_downlink_bytes
+        assert first.train_loss is not None and last.train_loss is not None
+        losses.append(last.train_loss)
+        assert last.train_loss < first.train_loss
+    assert_allclose(losses, losses[0], rtol=0.1)
+    exact, rounded, half = (sizes[key] for key in sizes)
+    # Beside the values there are headers, buffers and masks.
+    assert rounded[0] < exact[0] - 2 * 3 * 300 and rounded[1] <= exact[1] * 1.05
+    assert half[0] < exact[0] - 3 * 300 and half[1] < exact[1]
+
+
+@pytest.mark.parametrize("bits", [0, 4, 64, 8.5, None, True, "8"])
+def test_wrong_bits_are_named(bits: Any) -> None:
+    """One line says which."""
+    with pytest.raises(ConfigError, match="quantization.bits="):
+        Quantization(bits)
+
+
+def test_wrong_fp16_is_named() -> None:
+    """One line says which."""
+    with pytest.raises(ConfigError, match="quantization.fp16=1: must be true or"):
+        Quantization(fp16=1)  # type: ignore[arg-type]
