@@ -166,11 +166,34 @@ def _page_gradient_pruning() -> list[Runs]:
     ]
 
 
+def _page_zerofl() -> list[Runs]:
+    cifar, speech = "zerofl_cifar10-small", "zerofl_speech_commands-small"
+
+    def masked(ratio: float, *more: str) -> tuple[str, ...]:
+        return (f"method.mask_ratio={ratio}", *more)
+
+    return [
+        Runs(cifar, "fedavg", ("method=fedavg",)),
+        Runs(cifar, "swat", masked(0.9)),
+        *(Runs(cifar, f"top_k_weights-{r}", masked(r)) for r in (0.0, 0.1, 0.2)),
+        *(
+            Runs(cifar, upload, masked(0.2, f"method.upload={upload}"))
+            for upload in ("diff_on_top_k", "top_k_diff")
+        ),
+        Runs(cifar, "swat-95", masked(0.95, "method.sparsity=0.95")),
+        Runs(cifar, "top_k_weights-95", masked(0.2, "method.sparsity=0.95")),
+        Runs(speech, "fedavg", ("method=fedavg",)),
+        Runs(speech, "swat", masked(0.9)),
+        Runs(speech, "top_k_weights-0.2", ()),
+    ]
+
+
 _ADAGRAD = ("server_optimizer=fedadagrad", "server_optimizer.lr=0.03")
 PAGES = {
     "apf": _page_apf,
     "gwpf": _page_gwpf,
     "gradient_pruning": _page_gradient_pruning,
+    "zerofl": _page_zerofl,
 }
 
 
