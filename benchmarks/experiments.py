@@ -32,7 +32,8 @@ class Runs(NamedTuple):
     Parameters
     ----------
     experiment : str
-        The experiment's name, and the folder of the table that the runs belong to.
+        The experiment's name, and the folder of the table that the runs belong to;
+        empty for the default run.
     label : str
         The folder of these runs.
     overrides : tuple of str
@@ -51,13 +52,11 @@ class Runs(NamedTuple):
 
     def commands(self, output: Path) -> Iterator[tuple[Path, list[str]]]:
         """Yield each seed's folder and arguments."""
+        experiment = [f"experiment={self.experiment}"] if self.experiment else []
         for seed in range(self.seeds):
             folder = output / (self.table or self.experiment) / self.label
-            yield folder / f"seed-{seed}", [
-                f"experiment={self.experiment}",
-                *self.overrides,
-                f"seed={seed}",
-            ]
+            arguments = [*experiment, *self.overrides, f"seed={seed}"]
+            yield folder / f"seed-{seed}", arguments
 
 
 def _page_apf() -> list[Runs]:
@@ -188,12 +187,69 @@ def _page_zerofl() -> list[Runs]:
     ]
 
 
+def _page_fedpm() -> list[Runs]:
+    mnist, emnist, cifar = (
+        f"fedpm_{data}-small" for data in ("mnist", "emnist", "cifar10")
+    )
+    conv4 = ("model=conv4", "model.width=16")
+    fourth = ("partition=pathological", "partition.classes_per_client=4")
+    methods = {
+        "fedavg": ("method=fedavg", "lr=0.001"),
+        "fedpm": (),
+        "fedpm_paper": ("method=fedpm_paper",),
+    }
+    tasks: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+        "mnist": (mnist, (), tuple(methods)),
+        "mnist-4classes": (mnist, fourth, ("fedavg", "fedpm")),
+        "emnist": (emnist, (), tuple(methods)),
+        "cifar10-conv4": (cifar, conv4, tuple(methods)),
+        "cifar10-conv4-4classes": (cifar, (*conv4, *fourth), ("fedavg", "fedpm")),
+        "cifar10-conv6": (cifar, (), ("fedavg", "fedpm")),
+    }
+    return [
+        Runs(experiment, method, (*methods[method], *more), table=task)
+        for task, (experiment, more, wanted) in tasks.items()
+        for method in wanted
+    ]
+
+
+def _page_systems() -> list[Runs]:
+    systems: dict[str, tuple[str, ...]] = {
+        "fedavg": ("method=fedavg",),
+        "fedavg-x4": ("method=fedavg", "local_steps=20", "num_rounds=15"),
+        "fedavg-adam": ("method=fedavg", *_ADAM, "lr=0.001"),
+        "gwpf": ("method=gwpf",),
+        "gwpf-8": ("method=gwpf", "quantization.bits=8"),
+        "apf": ("method=apf",),
+        "partial_sync": ("method=partial_sync",),
+        "permanent_freeze": ("method=permanent_freeze",),
+        "gaia": ("method=gaia",),
+        "cmfl": ("method=cmfl",),
+        "gradient_pruning-8": ("method=gradient_pruning", "quantization.bits=8"),
+        "kept-8-fedadagrad": (
+            *("method=gradient_pruning", "method.keep=0.05", "quantization.bits=8"),
+            *_ADAGRAD,
+        ),
+        "zerofl": ("method=zerofl",),
+        "fedpm": ("method=fedpm", *_ADAM, "lr=0.3"),
+        "fedpm_paper": ("method=fedpm_paper", *_ADAM, "lr=0.3"),
+    }
+    rounds = ("num_rounds=60", "eval_every=5")
+    return [
+        Runs("", label, (*rounds, *overrides), 3, "digits")
+        for label, overrides in systems.items()
+    ]
+
+
 _ADAGRAD = ("server_optimizer=fedadagrad", "server_optimizer.lr=0.03")
+_ADAM = ("optimizer=adam",)
 PAGES = {
     "apf": _page_apf,
     "gwpf": _page_gwpf,
     "gradient_pruning": _page_gradient_pruning,
     "zerofl": _page_zerofl,
+    "fedpm": _page_fedpm,
+    "systems": _page_systems,
 }
 
 

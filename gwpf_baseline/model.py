@@ -63,10 +63,14 @@ def _mnist_cnn(input_shape: Shape, num_classes: int) -> nn.Module:
     )
 
 
-def _vgg11(input_shape: Shape, num_classes: int, width: int = 32) -> nn.Module:
-    """GWPF's E1: a narrow VGG-11 with batch normalisation."""
+def _check_width(width: object) -> None:
     if not isinstance(width, int) or isinstance(width, bool) or width < 1:
         raise ConfigError("model.width", width, "a whole number >= 1")
+
+
+def _vgg11(input_shape: Shape, num_classes: int, width: int = 32) -> nn.Module:
+    """GWPF's E1: a narrow VGG-11 with batch normalisation."""
+    _check_width(width)
     channels, rows, columns = input_shape
     x, y = _margin(columns), _margin(rows)
     layers: list[nn.Module] = [nn.ZeroPad2d((x, x, y, y))]  # five poolings need 32
@@ -89,6 +93,34 @@ def _vgg11(input_shape: Shape, num_classes: int, width: int = 32) -> nn.Module:
         nn.ReLU(),
         nn.Linear(128 * width, num_classes),
     )
+
+
+def _conv(blocks: int) -> Callable[..., nn.Module]:
+    """Return FedPM's Conv-4, 6 or 10: blocks of two 3x3 convolutions and a pooling."""
+
+    def build(input_shape: Shape, num_classes: int, width: int = 64) -> nn.Module:
+        _check_width(width)
+        channels, rows, columns = input_shape
+        layers: list[nn.Module] = []
+        for block in range(blocks):
+            for _ in range(2):
+                out_channels = width << block
+                layers += [nn.Conv2d(channels, out_channels, 3, padding=1), nn.ReLU()]
+                channels = out_channels
+            # Rounding up lets an image of 28 or 16 pixels through five poolings.
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))
+            rows, columns = (rows + 1) // 2, (columns + 1) // 2
+        return nn.Sequential(
+            *layers,
+            nn.Flatten(),
+            nn.Linear(channels * rows * columns, 4 * width),
+            nn.ReLU(),
+            nn.Linear(4 * width, 4 * width),
+            nn.ReLU(),
+            nn.Linear(4 * width, num_classes),
+        )
+
+    return build
 
 
 def _resnet(name: str) -> Callable[[Shape, int], nn.Module]:
@@ -218,6 +250,9 @@ MODELS = {
     "resnet20": Model(_resnet20, _images(range(8, sys.maxsize))),
     "resnet50": Model(_resnet("resnet50"), _images(range(8, sys.maxsize))),
     "vgg11": Model(_vgg11, _images((28, 32))),
+    "conv4": Model(_conv(2), _images(range(4, sys.maxsize))),
+    "conv6": Model(_conv(3), _images(range(8, sys.maxsize))),
+    "conv10": Model(_conv(5), _images(range(16, sys.maxsize))),
     # An image of one channel is as good as a recording: its rows are the frames.
     "kws_lstm": Model(_KeywordLstm, lambda shape: len(shape) == 3 and shape[0] == 1),
     "transformer": Model(_Transformer, lambda shape: len(shape) == 1),

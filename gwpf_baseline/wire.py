@@ -192,15 +192,17 @@ class Writer:
         self._frame = [header.pack()]
         self._vectors: list[np.ndarray] = []
 
-    def bitmap(self, bits: BoolVector) -> None:
+    def bitmap(self, bits: BoolVector, expected: np.ndarray | None = None) -> None:
         """Append a bitmap, coded at its entropy.
 
         Parameters
         ----------
         bits : numpy.ndarray
             bool ``(n,)``.
+        expected : numpy.ndarray, optional
+            As of :func:`encode_bitmap`.
         """
-        self._frame.append(encode_bitmap(bits))
+        self._frame.append(encode_bitmap(bits, expected))
 
     def vector(self, values: np.ndarray) -> None:
         """Append a vector of values.
@@ -257,20 +259,23 @@ class Reader:
         self._vectors = list(arrays[:0:-1])
         self.header = Header.unpack(self._frame, method, length)
 
-    def bitmap(self, length: int) -> BoolVector:
+    def bitmap(self, length: int, expected: np.ndarray | None = None) -> BoolVector:
         """Take the next bitmap.
 
         Parameters
         ----------
         length : int
             The number of bits that it must have.
+        expected : numpy.ndarray, optional
+            As it was written with.
 
         Returns
         -------
         numpy.ndarray
             bool ``(length,)``.
         """
-        bits, self._offset = decode_bitmap(self._frame, self._offset, length)
+        frame, offset = self._frame, self._offset
+        bits, self._offset = decode_bitmap(frame, offset, length, expected)
         return bits
 
     def vector(self, length: int, dtype: npt.DTypeLike = np.float32) -> np.ndarray:
@@ -313,30 +318,36 @@ class Reader:
             raise WireError(f"{len(self._frame) - self._offset} bytes too many")
 
 
-def encode_bitmap(bits: BoolVector) -> bytes:
-    """Code a bitmap with a range coder under a Bernoulli model of its own density.
+def encode_bitmap(bits: BoolVector, expected: np.ndarray | None = None) -> bytes:
+    """Code a bitmap with a range coder under a Bernoulli model.
 
     Parameters
     ----------
     bits : numpy.ndarray
         bool ``(n,)``, n < 2**32.
+    expected : numpy.ndarray, optional
+        float64 ``(n,)``, what both sides expect of each bit: the probability that it is
+        set, above 0 and below 1. Default: of all bits the share of ones.
 
     Returns
     -------
     bytes
         12 bytes of lengths and, unless all bits are equal, the code: within a few
-        bytes of n times the binary entropy of the share of ones.
+        bytes of n times the binary entropy of the share of ones, or of the sum of
+        ``-log2`` of the probabilities that were expected of what the bits are.
     """
     ones = int(np.count_nonzero(bits))
     code = b""
     if 0 < ones < bits.size:
         encoder = _stream.queue.RangeEncoder()
-        encoder.encode(bits.astype(np.int32), _bernoulli(ones, bits.size))
+        encoder.encode(bits.astype(np.int32), *_bernoulli(ones, bits.size, expected))
         code = encoder.get_compressed().astype("<u4", copy=False).tobytes()
     return _BITMAP.pack(bits.size, ones, len(code)) + code
 
 
-def decode_bitmap(frame: bytes, offset: int, length: int) -> tuple[BoolVector, int]:
+def decode_bitmap(
+    frame: bytes, offset: int, length: int, expected: np.ndarray | None = None
+) -> tuple[BoolVector, int]:
     """Undo :func:`encode_bitmap`.
 
     Parameters
@@ -347,6 +358,8 @@ def decode_bitmap(frame: bytes, offset: int, length: int) -> tuple[BoolVector, i
         Where it begins.
     length : int
         The number of bits that the receiver expects.
+    expected : numpy.ndarray, optional
+        As it was given to :func:`encode_bitmap`.
 
     Returns
     -------
@@ -377,7 +390,8 @@ def decode_bitmap(frame: bytes, offset: int, length: int) -> tuple[BoolVector, i
         np.frombuffer(frame, "<u4", nbytes // 4, offset).astype(np.uint32)
     )
     try:
-        bits = decoder.decode(_bernoulli(ones, size), size).astype(np.bool_)
+        model, *parameters = _bernoulli(ones, size, expected)
+        bits = decoder.decode(model, *(parameters or [size])).astype(np.bool_)
     # The coder panics on some words that no encoder writes; a panic is no Exception.
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit):
@@ -388,8 +402,11 @@ def decode_bitmap(frame: bytes, offset: int, length: int) -> tuple[BoolVector, i
     return bits, end
 
 
-def _bernoulli(ones: int, size: int) -> "constriction.stream.model.Bernoulli":
-    return _stream.model.Bernoulli(ones / size, perfect=False)
+def _bernoulli(ones: int, size: int, expected: np.ndarray | None) -> tuple:
+    """Return the coder's model, and each bit's parameter if they differ."""
+    if expected is None:
+        return (_stream.model.Bernoulli(ones / size, perfect=False),)
+    return _stream.model.Bernoulli(perfect=False), expected
 
 
 def parse_tensors(tensors: Sequence[bytes]) -> list[np.ndarray]:

@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gwpf_baseline.config import checked, compose_config, config_dir, workbench
 from gwpf_baseline.history import COLUMNS, RoundRecord, read_history
+from gwpf_baseline.methods.fedpm import load_network
 from gwpf_baseline.params import FlatModel, buffers_to_vector, parameters_to_vector
 from gwpf_baseline.training import evaluate
 
@@ -273,23 +274,41 @@ def test_a_wrong_command_line_ends_in_one_line() -> None:
 
 def test_sweep_over_methods(data_root: Path, tmp_path: Path) -> None:
     """``-m`` runs one experiment after the other; here on MNIST."""
+    mnist = ["dataset=mnist", f"dataset.path={data_root / 'mnist'}"]
     run(
         "-m",
-        "method=fedavg,gwpf",
-        "dataset=mnist",
-        f"dataset.path={data_root / 'mnist'}",
+        "method=fedavg,gwpf,gradient_pruning,zerofl,fedpm",
+        *mnist,
         "num_rounds=3",
         "num_clients=3",
         f"hydra.sweep.dir={tmp_path}",
     )
-    summaries = {}
+    summaries, folders = {}, {}
     for folder in sorted(tmp_path.glob("[0-9]*")):
         summary = json.loads((folder / "summary.json").read_text())
         summaries[summary["method"]] = summary
-    assert set(summaries) == {"fedavg", "gwpf"}
-    assert {s["parameters"] for s in summaries.values()} == {61706}
-    assert summaries["fedavg"]["traffic_ratio"] == pytest.approx(1.0, rel=1e-3)
-    assert summaries["gwpf"]["traffic_ratio"] < 0.1
+        folders[summary["method"]] = folder
+    assert len(summaries) == 5
+    # FedPM's network has no biases.
+    sizes = {method: summary["parameters"] for method, summary in summaries.items()}
+    assert sizes.pop("fedpm") == 61706 - 236 and set(sizes.values()) == {61706}
+    bits = {m: s["uplink_bits_per_parameter"] for m, s in summaries.items()}
+    assert bits["fedavg"] == pytest.approx(32, rel=2e-3)
+    assert 0 < bits["gwpf"] < bits["fedpm"] < 1.1
+    assert bits["fedpm"] < bits["zerofl"] < bits["gradient_pruning"] < 33
+    ratios = {m: s["traffic_ratio"] for m, s in summaries.items()}
+    assert ratios["fedavg"] == pytest.approx(1.0, rel=1e-3)
+    assert ratios["gwpf"] < 0.1
+    for method in ("gradient_pruning", "zerofl"):
+        assert summaries[method]["total_csr_bytes"] > 0
+    # FedPM's network can be rebuilt from a seed and a mask, and measures the same.
+    file = folders["fedpm"] / "network.safetensors"
+    assert file.stat().st_size < 61470 / 8 + 1500
+    network = FlatModel(load_network(file))
+    cfg = checked(compose_config([*mnist, "method=fedpm"]))
+    accuracy = evaluate(network, workbench(cfg).data)[1]
+    assert accuracy == summaries["fedpm"]["final_accuracy"]
+    assert 0 < summaries["fedpm"]["final_mean_accuracy"] < 1
 
 
 def test_cifar10_with_batch_norm(data_root: Path, tmp_path: Path) -> None:

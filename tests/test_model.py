@@ -53,6 +53,43 @@ def test_vgg11_is_as_wide_as_configured() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "input_shape", "convolutions", "features"),
+    [
+        ("conv4", MNIST, [1, 1, 2, 2], 6272),
+        ("conv6", CIFAR, [1, 1, 2, 2, 4, 4], 4096),
+        ("conv10", CIFAR, [1, 1, 2, 2, 4, 4, 8, 8, 16, 16], 1024),
+    ],
+)
+def test_fedpms_models_have_its_layers(
+    name: str, input_shape: tuple[int, ...], convolutions: list[int], features: int
+) -> None:
+    """The authors' widths and numbers of features; all of them follow the first."""
+    for width in (64, 8):
+        model = build_model(name, input_shape, 10, width=width)
+        weights = [p for p in model.parameters() if p.ndim > 1]
+        widths = [*(times * width for times in convolutions), 4 * width, 4 * width, 10]
+        assert [len(p) for p in weights] == widths
+        assert weights[-3].shape[1] == features * width // 64
+        assert all(p.shape[2:] == (3, 3) for p in weights[:-3])
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "last"),
+    [("conv4", 4, 1), ("conv6", 8, 1), ("conv10", 16, 1), ("conv6", 28, 4)],
+)
+def test_fedpms_models_take_small_images(name: str, side: int, last: int) -> None:
+    """A pooling that leaves half a pixel keeps it."""
+    model = build_model(name, (1, side, side), 10, width=2).eval()
+    shapes: list[tuple[int, ...]] = []
+    for module in model:
+        if isinstance(module, torch.nn.MaxPool2d):
+            module.register_forward_hook(lambda *call: shapes.append(call[2].shape[2:]))
+    with torch.no_grad():
+        assert model(torch.randn(2, 1, side, side)).shape == (2, 10)
+    assert shapes[-1] == (last, last)
+
+
+@pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("lenet5", {"width": 8}, "model.width=8: must be left out for lenet5"),
@@ -63,7 +100,8 @@ def test_vgg11_is_as_wide_as_configured() -> None:
             for key in ("name", "input_shape", "num_classes", "seed")
         ),
         *(
-            ("vgg11", {"width": width}, f"model.width={width}: must be a whole number")
+            (name, {"width": width}, f"model.width={width}: must be a whole number")
+            for name in ("vgg11", "conv4")
             for width in (0, -1, 1.5, True, "8", None)
         ),
     ],
@@ -123,18 +161,38 @@ def test_resnet_keeps_the_resolution_of_small_images() -> None:
 @pytest.mark.parametrize(
     ("name", "input_shape", "alternatives"),
     [
-        ("lenet5", (3, 64, 64), "mnist_cnn, resnet18, resnet20, resnet50"),
-        ("vgg11", (1, 8, 8), "resnet18, resnet20, resnet50, kws_lstm"),
-        ("mnist_cnn", (3, 32, 15), "resnet18, resnet20, resnet50"),
-        ("resnet18", (3, 4, 4), "none, set a larger dataset.image_size"),
+        (
+            "lenet5",
+            (3, 64, 64),
+            "mnist_cnn, resnet18, resnet20, resnet50, conv4, conv6, conv10",
+        ),
+        (
+            "vgg11",
+            (1, 8, 8),
+            "resnet18, resnet20, resnet50, conv4, conv6, kws_lstm",
+        ),
+        ("mnist_cnn", (3, 32, 15), "resnet18, resnet20, resnet50, conv4, conv6"),
+        ("conv6", (3, 7, 9), "conv4"),
+        ("resnet18", (3, 3, 4), "none, set a larger dataset.image_size"),
         (
             "kws_lstm",
             (3, 28, 28),
-            "lenet5, mnist_cnn, resnet18, resnet20, resnet50, vgg11",
+            (
+                "lenet5, mnist_cnn, resnet18, resnet20, resnet50, vgg11, "
+                "conv4, conv6, conv10"
+            ),
         ),
-        ("lenet5", SPEECH, "mnist_cnn, resnet18, resnet20, resnet50, kws_lstm"),
+        (
+            "lenet5",
+            SPEECH,
+            "mnist_cnn, resnet18, resnet20, resnet50, conv4, conv6, conv10, kws_lstm",
+        ),
         ("lenet5", TEXT, "transformer"),
-        ("transformer", SPEECH, "mnist_cnn, resnet18, resnet20, resnet50, kws_lstm"),
+        (
+            "transformer",
+            SPEECH,
+            "mnist_cnn, resnet18, resnet20, resnet50, conv4, conv6, conv10, kws_lstm",
+        ),
     ],
 )
 def test_a_model_that_does_not_fit_names_those_that_do(
