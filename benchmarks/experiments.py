@@ -162,6 +162,14 @@ def _page_gradient_pruning() -> list[Runs]:
         Runs(task, "fedavg-fedadagrad", (*dense, *_ADAGRAD)),
         Runs(task, "gwpf", ("method=gwpf", "quantization.bits=32")),
         Runs(task, "gwpf-8", ("method=gwpf",)),
+        # The same piece behind other methods, and fewer values.
+        Runs(task, "gwpf-8-fedadagrad", ("method=gwpf", *_ADAGRAD)),
+        Runs(task, "kept1-fedadagrad", ("method.keep=0.01", *_ADAGRAD)),
+        Runs(
+            task,
+            "kept1-fp16-fedadagrad",
+            ("method.keep=0.01", "quantization.fp16=true", *_ADAGRAD),
+        ),
     ]
 
 
@@ -220,6 +228,7 @@ def _page_systems() -> list[Runs]:
         "fedavg-adam": ("method=fedavg", *_ADAM, "lr=0.001"),
         "gwpf": ("method=gwpf",),
         "gwpf-8": ("method=gwpf", "quantization.bits=8"),
+        "gwpf-8-fedadagrad": ("method=gwpf", "quantization.bits=8", *_ADAGRAD),
         "apf": ("method=apf",),
         "partial_sync": ("method=partial_sync",),
         "permanent_freeze": ("method=permanent_freeze",),

@@ -54,7 +54,7 @@ class Vector(nn.Module):
 class Uncoded(Writer):
     """A payload whose bitmaps are dropped: their coding has rows of its own."""
 
-    def bitmap(self, bits: BoolVector) -> None:
+    def bitmap(self, bits: BoolVector, expected: np.ndarray | None = None) -> None:
         """Do nothing."""
 
 
