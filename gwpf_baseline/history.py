@@ -463,6 +463,9 @@ def closing_table(summary: dict[str, Any]) -> Table:
     """
     metric = summary["metric"]
     digits = 4 if metric == "accuracy" else 1
+    bits = [
+        _number(summary[f"{way}link_bits_per_parameter"], 2) for way in ("up", "down")
+    ]
     ratio = summary["traffic_ratio"]
     against_dense = "-" if ratio is None else f"{ratio:.3f}"
     if ratio and ratio < 0.95:
@@ -479,6 +482,7 @@ def closing_table(summary: dict[str, Any]) -> Table:
         ("sent by clients", decimal(summary["total_uplink_bytes"])),
         ("sent to clients", decimal(summary["total_downlink_bytes"])),
         ("ratio to dense", against_dense),
+        ("bits a parameter", f"{bits[0]} up, {bits[1]} down, a client and round"),
         ("time", _duration(summary["seconds"])),
     ):
         # As Text, brackets in a name are not taken for rich's markup.

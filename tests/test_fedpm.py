@@ -11,7 +11,7 @@ import torch
 from federation import Federation, configured, size, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -21,6 +21,7 @@ from gwpf_baseline.methods.fedpm import (
     NETWORK_FILE,
     FedPMConfig,
     FedPMStrategy,
+    adapt,
     certain_scores,
     load_network,
     masked,
@@ -283,7 +284,14 @@ def test_a_checkpoint_holds_the_counts(tmp_path: Path) -> None:
             {"server_optimizer": ServerOptimizerConfig("fedadam")},
             "server_optimizer=fedadam: must be fedavg for FedPM",
         ),
-        ({"quantization": Quantization(fp16=True)}, "quantization="),
+        (
+            {"quantization": Quantization(bits=8)},
+            "quantization.bits=8: must be 32 for FedPM",
+        ),
+        (
+            {"quantization": Quantization(fp16=True)},
+            "quantization.fp16=True: must be False for FedPM",
+        ),
         ({"num_clients": 70_000}, "method.reset_every=1: must be at most 0 for so"),
     ],
 )
@@ -297,12 +305,27 @@ def test_what_would_not_be_used_is_refused(
     assert str(caught.value).startswith(message)
 
 
+@pytest.mark.parametrize("probability", [1e-6, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_all_begin_at_one_probability(probability: float, bits: int) -> None:
+    """One that can be sent; where fewer take part, each is larger."""
+    config = FedPMConfig(initial_probability=probability, probability_bits=bits)
+    layer: Any = adapt(nn.Linear(300, 40), config, 5)
+    level = config.initial_level
+    assert abs(level / 2**bits - probability) <= 0.5 / 2**bits or level == 1
+    assert_array_equal(layer.weight.detach().numpy(), score_table(bits)[level])
+    # The sum of those that take part has the variance of Kaiming's with half of them.
+    assert_allclose(layer.fixed**2 * level / 2**bits, 1 / 300, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("key", "values"),
     [
         ("prior", (0, 0.99, -1, INF, math.nan, None, True, "1")),
         ("reset_every", (0, -1, 1.5, None, True, "1")),
         ("probability_bits", (0, 4, 32, None, True, "8")),
+        ("initial_probability", (0, 1, -0.1, math.nan, None, True, "0.5")),
+        ("mask_code", ("entropy", None, 1)),
     ],
 )
 def test_a_wrong_value_is_named(key: str, values: tuple[Any, ...]) -> None:

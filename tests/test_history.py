@@ -552,6 +552,8 @@ SUMMARY = {
     "traffic_ratio": 0.051,
     "seconds": 3725.2,
     "modelled_seconds": None,
+    "uplink_bits_per_parameter": 2.134,
+    "downlink_bits_per_parameter": None,
 }
 
 
@@ -576,6 +578,7 @@ def test_closing_table() -> None:
         "sent by clients": "26.3 MB",
         "sent to clients": "912.4 kB",
         "ratio to dense": "0.051 (19.6x fewer bytes)",
+        "bits a parameter": "2.13 up, - down, a client and round",
         "time": "1:02:05",
     }
 

@@ -30,7 +30,6 @@ from gwpf_baseline.params import (
     parameters_to_vector,
     vector_to_buffers,
 )
-from gwpf_baseline.quantization import Quantization
 from gwpf_baseline.strategy import SyncStrategy
 from gwpf_baseline.utils import ConfigError, derive_seed, is_number
 from gwpf_baseline.wire import (
@@ -380,7 +379,8 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
         for key, value, only in (
             ("weighting", self.weighting, "uniform"),
             ("server_optimizer", self.optimizer.config.name, "fedavg"),
-            ("quantization", self.quantization, Quantization()),
+            ("quantization.bits", self.quantization.bits, 32),
+            ("quantization.fp16", self.quantization.fp16, False),
         ):
             if value != only:
                 raise ConfigError(key, value, f"{only} for FedPM, which counts masks")
