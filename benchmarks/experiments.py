@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -267,13 +268,18 @@ def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     options.add_argument("page", choices=PAGES)
     options.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
+    options.add_argument("--seeds", type=int, default=3, help="seeds at most (3)")
     options.add_argument("--output", type=Path, default=Path("outputs/experiments"))
     options.add_argument("--dry-run", action="store_true", help="only show commands")
     add_data_option(options)
     given = options.parse_args()
     output = given.output.absolute() / given.page
     console = Console()
-    wanted = [run for runs in PAGES[given.page]() for run in runs.commands(output)]
+    wanted = [
+        run
+        for runs in PAGES[given.page]()
+        for run in islice(runs.commands(output), given.seeds)
+    ]
     # One seed of everything first: a set that is stopped then still says something.
     wanted.sort(key=lambda run: run[0].name)
     if given.dry_run:
