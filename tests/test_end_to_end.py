@@ -294,8 +294,8 @@ def test_sweep_over_methods(data_root: Path, tmp_path: Path) -> None:
     assert sizes.pop("fedpm") == 61706 - 236 and set(sizes.values()) == {61706}
     bits = {m: s["uplink_bits_per_parameter"] for m, s in summaries.items()}
     assert bits["fedavg"] == pytest.approx(32, rel=2e-3)
-    assert 0 < bits["gwpf"] < bits["fedpm"] < 1.1
-    assert bits["fedpm"] < bits["zerofl"] < bits["gradient_pruning"] < 33
+    assert 0 < bits["gwpf"] < 1 and 0 < bits["fedpm"] < 1
+    assert 1 < bits["zerofl"] < bits["gradient_pruning"] < 33
     ratios = {m: s["traffic_ratio"] for m, s in summaries.items()}
     assert ratios["fedavg"] == pytest.approx(1.0, rel=1e-3)
     assert ratios["gwpf"] < 0.1
