@@ -189,7 +189,10 @@ def _page_zerofl() -> list[Runs]:
             for upload in ("diff_on_top_k", "top_k_diff")
         ),
         Runs(cifar, "swat-95", masked(0.95, "method.sparsity=0.95")),
-        Runs(cifar, "top_k_weights-95", masked(0.2, "method.sparsity=0.95")),
+        *(
+            Runs(cifar, f"top_k_weights-95-{r}", masked(r, "method.sparsity=0.95"))
+            for r in (0.0, 0.2)
+        ),
         Runs(speech, "fedavg", ("method=fedavg",)),
         Runs(speech, "swat", masked(0.9)),
         Runs(speech, "top_k_weights-0.2", ()),

@@ -302,7 +302,7 @@ def test_sweep_over_methods(data_root: Path, tmp_path: Path) -> None:
     for method in ("gradient_pruning", "zerofl"):
         assert summaries[method]["total_csr_bytes"] > 0
     # FedPM's network can be rebuilt from a seed and a mask, and measures the same.
-    file = folders["fedpm"] / "network.safetensors"
+    file = folders["fedpm"] / "network.mask"
     assert file.stat().st_size < 61470 / 8 + 1500
     network = FlatModel(load_network(file))
     cfg = checked(compose_config([*mnist, "method=fedpm"]))

@@ -11,6 +11,7 @@ The model that comes out is a seed and a mask.
 """
 
 import functools
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from gwpf_baseline.checkpoint import as_arrays, as_tensors, load_state, save_state
+from gwpf_baseline.checkpoint import as_arrays, as_tensors
 from gwpf_baseline.client import ClientState, SyncClient, Task
 from gwpf_baseline.methods import Method
 from gwpf_baseline.model import initial_model
@@ -441,17 +442,17 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
     def export(self, folder: Path, origin: dict[str, Any]) -> None:
         """Write the final network as a seed and a mask, for :func:`load_network`."""
         mask = (self.network() > 0).numpy()
-        code = np.frombuffer(encode_bitmap(mask), np.uint8)
-        network = {
+        description = {
             **origin,
             "seed": self.seed,
             "level": self.config.initial_level,
             "bits": self.config.probability_bits,
             "checksum": _checksum(self.model, mask),
-            "mask": torch.from_numpy(code.copy()),
-            "buffers": self.buffers,
         }
-        save_state(folder / NETWORK_FILE, network)
+        # Compact, as in a small network every hundred bytes count.
+        line = json.dumps(description, separators=(",", ":")).encode() + b"\n"
+        buffers = self.buffers.numpy().astype("<f4").tobytes()
+        (folder / NETWORK_FILE).write_bytes(line + encode_bitmap(mask) + buffers)
 
     def method_state(self) -> dict[str, Any]:
         """Return the counts."""
@@ -465,7 +466,7 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
 
 # ---- the final network --------------------------------------------------------------
 
-NETWORK_FILE = "network.safetensors"
+NETWORK_FILE = "network.mask"
 
 
 def load_network(file: Path | str) -> nn.Module:
@@ -474,8 +475,8 @@ def load_network(file: Path | str) -> nn.Module:
     Parameters
     ----------
     file : pathlib.Path or str
-        ``network.safetensors`` in the run's folder: the seed of the weights' signs, the
-        coded mask, and what buffers the model has.
+        ``network.mask`` in the run's folder: a line of JSON with the seed of the
+        weights' signs, the coded mask, and what buffers the model has.
 
     Returns
     -------
@@ -490,24 +491,27 @@ def load_network(file: Path | str) -> nn.Module:
         seed.
     """
     try:
-        state = load_state(Path(file))
-        shape, seed = tuple(state["input_shape"]), state["seed"]
-        name, options = state["model"], state["options"]
-        model = initial_model(name, shape, state["num_classes"], seed, **options)
-        model = masked(model, state["level"], state["bits"], seed)
-        code, size = (
-            state["mask"].numpy().tobytes(),
-            parameters_to_vector(model).numel(),
-        )
-        mask, end = decode_bitmap(code, 0, size)
-        buffers = state["buffers"]
-        sound = end == len(code) and buffers.shape == buffers_to_vector(model).shape
-        if not sound or _checksum(model, mask) != state["checksum"]:
+        line, _, rest = Path(file).read_bytes().partition(b"\n")
+        made = json.loads(line)
+        shape, seed = tuple(made["input_shape"]), made["seed"]
+        name, options = made["model"], made["options"]
+        if made["bits"] not in _LEVELS:
+            raise ValueError(f"probabilities of {made['bits']} bits")
+        model = initial_model(name, shape, made["num_classes"], seed, **options)
+        model = masked(model, made["level"], made["bits"], seed)
+        mask, end = decode_bitmap(rest, 0, parameters_to_vector(model).numel())
+        if len(rest) - end != 4 * buffers_to_vector(model).numel():
+            raise ValueError(f"{len(rest)} bytes after its first line")
+        if _checksum(model, mask) != made["checksum"]:
             raise ValueError("other weights than were written")
-    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (
+        *(OSError, LookupError, TypeError, ValueError, RuntimeError),
+        *(AttributeError, ArithmeticError),
+    ) as error:
         raise ConfigError(
             "network", file, f"what FedPM has written ({error})"
         ) from error
+    buffers = torch.from_numpy(np.frombuffer(rest, "<f4", offset=end).copy())
     nn.utils.vector_to_parameters(certain_scores(mask), model.parameters())
     vector_to_buffers(model, buffers)
     return model.eval()
