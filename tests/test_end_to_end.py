@@ -242,7 +242,7 @@ def test_apf_freezes_and_is_reported_beside_gwpf(
     assert result.returncode == 0, result.stdout
     assert {file.name for file in report.iterdir()} == {
         *("report.md", "report.csv", "metric_rounds.png", "metric_bytes.png"),
-        *("metric_time.png", "frozen.png"),
+        *("metric_time.png", "frozen.png", "bandwidth.png"),
     }
     for name in report.glob("*.png"):
         with Image.open(name) as image:
