@@ -244,6 +244,7 @@ def _page_systems() -> list[Runs]:
             *_ADAGRAD,
         ),
         "zerofl": ("method=zerofl",),
+        "zerofl-diff": ("method=zerofl", "method.upload=diff_on_top_k", "lr=0.2"),
         "fedpm": ("method=fedpm", *_ADAM, "lr=0.3"),
         "fedpm_paper": ("method=fedpm_paper", *_ADAM, "lr=0.3"),
     }
