@@ -395,5 +395,6 @@ def test_records_are_the_designs_columns() -> None:
         "round,seconds,test_accuracy,test_loss,train_loss,uplink_bytes,downlink_bytes,"
         "cumulative_uplink_bytes,cumulative_downlink_bytes,dense_bytes,"
         "frozen_fraction,sent_fraction,clients,failures,compute_seconds,"
-        "modelled_seconds"
+        "modelled_seconds,uplink_bits_per_parameter,downlink_bits_per_parameter,"
+        "csr_bytes,mean_accuracy"
     )
