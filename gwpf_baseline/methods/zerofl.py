@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from gwpf_baseline.client import ClientState, Task
 from gwpf_baseline.methods import Method
-from gwpf_baseline.params import Layer, layers
+from gwpf_baseline.params import Layer
 from gwpf_baseline.pruning import largest_share, share
 from gwpf_baseline.sparse import SparseClient, SparseStrategy
 from gwpf_baseline.utils import ConfigError, is_number
@@ -341,7 +341,7 @@ class ZeroFLClient(SparseClient):
         """Train sparsely, send the largest part and forget the rest."""
         delta, loss = self.train(task.weights, task, state)
         update, weights = delta.numpy(), (task.weights + delta).numpy()
-        mask = sent(update, weights, layers(self.model.module), self.config)
+        mask = sent(update, weights, self.layers, self.config)
         values = weights if self.config.upload == "top_k_weights" else update
         self.send(writer, task, state, values, mask)
         return loss
