@@ -1,7 +1,6 @@
 """Tests of FedPM, against slow and obvious references."""
 
 import copy
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,12 @@ from gwpf_baseline.methods.fedpm import (
     certain_scores,
     load_network,
     masked,
+    pack_description,
     posterior_mode,
     sample_mask,
     score_table,
     to_levels,
+    unpack_description,
 )
 from gwpf_baseline.model import build_model
 from gwpf_baseline.params import (
@@ -426,7 +427,7 @@ def test_what_has_settled_is_not_sent_again() -> None:
 
 def _damage(file: Path, how: str) -> None:
     whole = file.read_bytes()
-    line, _, rest = whole.partition(b"\n")
+    description, rest = unpack_description(whole)
     if how == "absent":
         file.unlink()
     elif how in ("cut", "longer", "text", "bare"):
@@ -435,11 +436,11 @@ def _damage(file: Path, how: str) -> None:
     elif how == "flipped":
         middle = len(rest) // 2
         flipped = rest[:middle] + bytes([rest[middle] ^ 1]) + rest[middle + 1 :]
-        file.write_bytes(line + b"\n" + flipped)
+        file.write_bytes(pack_description(description) + flipped)
     else:
         key, value = how.split("=")
-        changed = json.dumps({**json.loads(line), key: int(value)})
-        file.write_bytes(changed.encode() + b"\n" + rest)
+        changed = {**description, key: int(value)}
+        file.write_bytes(pack_description(changed) + rest)
 
 
 @pytest.mark.parametrize(

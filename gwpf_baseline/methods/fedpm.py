@@ -13,6 +13,7 @@ The model that comes out is a seed and a mask.
 import functools
 import json
 import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -449,10 +450,9 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
             "bits": self.config.probability_bits,
             "checksum": _checksum(self.model, mask),
         }
-        # Compact, as in a small network every hundred bytes count.
-        line = json.dumps(description, separators=(",", ":")).encode() + b"\n"
         buffers = self.buffers.numpy().astype("<f4").tobytes()
-        (folder / NETWORK_FILE).write_bytes(line + encode_bitmap(mask) + buffers)
+        parts = (pack_description(description), encode_bitmap(mask), buffers)
+        (folder / NETWORK_FILE).write_bytes(b"".join(parts))
 
     def method_state(self) -> dict[str, Any]:
         """Return the counts."""
@@ -467,6 +467,55 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
 # ---- the final network --------------------------------------------------------------
 
 NETWORK_FILE = "network.mask"
+# What a description looks like: zlib then stores little but the differences, which
+# counts where a whole network takes some thousand bytes. A part of the format.
+_EXAMPLE = (
+    b'{"model":"conv4","input_shape":[3,32,32],"num_classes":10,"options":{"width":16},'
+    b'"seed":0,"level":51,"bits":8,"checksum":'
+)
+# No description is longer; a hostile file could claim gigabytes.
+_MOST_DESCRIPTION = 2**16
+
+
+def pack_description(description: dict[str, Any]) -> bytes:
+    """Write down what a network is made of, as short as can be.
+
+    Parameters
+    ----------
+    description : dict
+        What JSON can hold.
+
+    Returns
+    -------
+    bytes
+        A zlib stream, which knows its own end.
+    """
+    line = json.dumps(description, separators=(",", ":")).encode()
+    packer = zlib.compressobj(9, zdict=_EXAMPLE)
+    return packer.compress(line) + packer.flush()
+
+
+def unpack_description(data: bytes) -> tuple[Any, bytes]:
+    """Read what :func:`pack_description` has written.
+
+    Parameters
+    ----------
+    data : bytes
+        The file's.
+
+    Returns
+    -------
+    tuple
+        The description, and the bytes that follow it.
+
+    Raises
+    ------
+    zlib.error, ValueError
+        The bytes do not begin with a description.
+    """
+    unpacker = zlib.decompressobj(zdict=_EXAMPLE)
+    line = unpacker.decompress(data, _MOST_DESCRIPTION)
+    return json.loads(line), unpacker.unused_data
 
 
 def load_network(file: Path | str) -> nn.Module:
@@ -475,8 +524,8 @@ def load_network(file: Path | str) -> nn.Module:
     Parameters
     ----------
     file : pathlib.Path or str
-        ``network.mask`` in the run's folder: a line of JSON with the seed of the
-        weights' signs, the coded mask, and what buffers the model has.
+        ``network.mask`` in the run's folder: a packed description with the seed
+        of the weights' signs, the coded mask, and what buffers the model has.
 
     Returns
     -------
@@ -491,8 +540,7 @@ def load_network(file: Path | str) -> nn.Module:
         seed.
     """
     try:
-        line, _, rest = Path(file).read_bytes().partition(b"\n")
-        made = json.loads(line)
+        made, rest = unpack_description(Path(file).read_bytes())
         shape, seed = tuple(made["input_shape"]), made["seed"]
         name, options = made["model"], made["options"]
         if made["bits"] not in _LEVELS:
@@ -501,12 +549,12 @@ def load_network(file: Path | str) -> nn.Module:
         model = masked(model, made["level"], made["bits"], seed)
         mask, end = decode_bitmap(rest, 0, parameters_to_vector(model).numel())
         if len(rest) - end != 4 * buffers_to_vector(model).numel():
-            raise ValueError(f"{len(rest)} bytes after its first line")
+            raise ValueError(f"{len(rest)} bytes after its description")
         if _checksum(model, mask) != made["checksum"]:
             raise ValueError("other weights than were written")
     except (
         *(OSError, LookupError, TypeError, ValueError, RuntimeError),
-        *(AttributeError, ArithmeticError),
+        *(AttributeError, ArithmeticError, zlib.error),
     ) as error:
         raise ConfigError(
             "network", file, f"what FedPM has written ({error})"
