@@ -212,8 +212,10 @@ def _page_fedpm() -> list[Runs]:
     few = ("fedavg", "fedavg-x5", "fedpm")
     every = (*few, "fedpm_paper", "kept-fp16")
     # About as many bytes as FedPM's, each way.
-    kept = ("method=gradient_pruning", "method.keep=0.015", "lr=0.001")
-    kept += ("quantization.bits=8", "quantization.fp16=true")
+    kept = (
+        *("method=gradient_pruning", "method.keep=0.015", "lr=0.001"),
+        *("quantization.bits=8", "quantization.fp16=true"),
+    )
     tasks: dict[str, tuple[str, int, tuple[str, ...], tuple[str, ...]]] = {
         "mnist": ("mnist", 40, (), every),
         "mnist-4classes": ("mnist", 40, fourth, few),
