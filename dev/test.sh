@@ -12,4 +12,5 @@ python -m docformatter --check --recursive gwpf_baseline tests benchmarks
 python -m ruff check .
 python -m mypy .
 python -m pylint gwpf_baseline
-python -m pytest "$@"
+# Two files of tests at a time, on two cores.
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10 "$@"
