@@ -209,7 +209,7 @@ def _page_fedpm() -> list[Runs]:
     conv4 = ("model=conv4", "model.width=16")
     fourth = ("partition=pathological", "partition.classes_per_client=4")
     adam = ("method=fedavg", "lr=0.001")
-    few = ("fedavg", "fedavg-x5", "fedpm")
+    few = ("fedavg", "fedavg-x4", "fedpm")
     every = (*few, "fedpm_paper", "kept-fp16")
     # About as many bytes as FedPM's, each way.
     kept = (
@@ -217,19 +217,19 @@ def _page_fedpm() -> list[Runs]:
         *("quantization.bits=8", "quantization.fp16=true"),
     )
     tasks: dict[str, tuple[str, int, tuple[str, ...], tuple[str, ...]]] = {
-        "mnist": ("mnist", 40, (), every),
-        "mnist-4classes": ("mnist", 40, fourth, few),
-        "emnist": ("emnist", 60, (), every),
-        "cifar10-conv4": ("cifar10", 60, conv4, every),
-        "cifar10-conv4-4classes": ("cifar10", 60, (*conv4, *fourth), few),
-        "cifar10-conv6": ("cifar10", 60, (), few),
+        "mnist": ("mnist", 12, (), every),
+        "mnist-4classes": ("mnist", 12, fourth, few),
+        "emnist": ("emnist", 20, (), every),
+        "cifar10-conv4": ("cifar10", 20, conv4, every),
+        "cifar10-conv4-4classes": ("cifar10", 20, (*conv4, *fourth), few),
+        "cifar10-conv6": ("cifar10", 20, (), few),
     }
     runs = []
     for task, (data, rounds, more, wanted) in tasks.items():
-        fewer = ("local_steps=100", f"num_rounds={rounds // 5}", "eval_every=4")
+        fewer = ("local_steps=400", f"num_rounds={rounds // 4}", "eval_every=1")
         methods: dict[str, tuple[str, ...]] = {
             "fedavg": adam,
-            "fedavg-x5": (*adam, *fewer),
+            "fedavg-x4": (*adam, *fewer),
             "fedpm": (),
             "fedpm_paper": ("method=fedpm_paper",),
             "kept-fp16": kept,
