@@ -463,6 +463,33 @@ def test_a_damaged_file_is_named(tmp_path: Path, how: str) -> None:
         load_network(file)
 
 
+@pytest.fixture(name="network_file", scope="module")
+def _network_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("network")
+    model = masked(build_model("conv4", (1, 8, 8), 10, width=4), 51, 8, 0)
+    server = FedPMStrategy(model, config=FedPMConfig(0.2), num_clients=1)
+    server.export(folder, {**ORIGIN, "options": {"width": 4}})
+    return folder / NETWORK_FILE
+
+
+@given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
+@settings(deadline=None, max_examples=200)
+def test_a_damaged_byte_never_makes_another_network(
+    network_file: Path, place: float, flip: int
+) -> None:
+    """It is refused, or it was one that nothing follows from."""
+    whole = bytearray(network_file.read_bytes())
+    sound = parameters_to_vector(load_network(network_file))
+    whole[int(place * len(whole))] ^= flip
+    damaged = network_file.with_name("damaged")
+    damaged.write_bytes(whole)
+    try:
+        network = load_network(damaged)
+    except ConfigError:
+        return
+    assert torch.equal(parameters_to_vector(network), sound)
+
+
 def test_statistics_are_in_the_file(tmp_path: Path) -> None:
     """A network with batch normalisation answers as it was measured."""
     model = masked(build_model("vgg11", (1, 28, 28), 10, width=4), 128, 8, 7)
