@@ -211,7 +211,7 @@ def _page_fedpm() -> list[Runs]:
     adam = ("method=fedavg", "lr=0.001")
     few = ("fedavg", "fedavg-x4", "fedpm")
     every = (*few, "fedpm_paper", "kept-fp16")
-    # About as many bytes as FedPM's, each way.
+    # A baseline of FedPM's bitrate.
     kept = (
         *("method=gradient_pruning", "method.keep=0.015", "lr=0.001"),
         *("quantization.bits=8", "quantization.fp16=true"),
