@@ -21,11 +21,12 @@ from flwr.common import Context, RecordDict
 from torch import nn
 
 from gwpf_baseline.client import ClientState, SyncClient, Task
-from gwpf_baseline.config import compose_config, training_config
+from gwpf_baseline.config import compose_config, training_config, workbench
 from gwpf_baseline.methods import Method, load_method
 from gwpf_baseline.methods.fedavg import FedAvgStrategy
 from gwpf_baseline.methods.gwpf import GWPFStrategy, GWPFUpload
 from gwpf_baseline.params import FlatModel
+from gwpf_baseline.training import Batches
 from gwpf_baseline.wire import (
     BoolVector,
     Header,
@@ -188,8 +189,10 @@ def client_step(
             return delta, 0.0
 
     context = Context(0, 0, {}, RecordDict(), {})
+    # It never trains on them; they know the seed and the client's number.
+    batches = Batches(workbench(compose_config()).data, np.arange(1), 0, 0)
     client: SyncClient = Trained(
-        context, FlatModel(model), start, [], training, config=config
+        context, FlatModel(model), start, batches, training, config=config
     )
     header = Header(client.name, Kind.MODEL, 1, 0, delta.numel())
     task = Task(header, start, torch.zeros(0), mask)
