@@ -33,10 +33,10 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 
 from gwpf_baseline.client_app import make_client
 from gwpf_baseline.config import workbench
-from gwpf_baseline.history import read_history
+from gwpf_baseline.learning.training import train
 from gwpf_baseline.main import run_experiment
 from gwpf_baseline.model import initial_model
-from gwpf_baseline.training import train
+from gwpf_baseline.records.history import read_history
 
 Arrays = list[np.ndarray]
 ClientFn = Callable[[DictConfig, Context], Client]

@@ -24,9 +24,9 @@ from flwr.common import (
 from flwr.server import Server, SimpleClientManager
 from flwr.server.client_proxy import ClientProxy
 
-from gwpf_baseline.client import ClientState
 from gwpf_baseline.client_app import make_client
 from gwpf_baseline.config import checked, compose_config, workbench
+from gwpf_baseline.learning.client import ClientState
 
 METHODS = ("fedavg", "gwpf", "gwpf_paper", "apf", "gaia", "cmfl")
 # Steps and samples that a processor does within a second or so.

@@ -8,7 +8,7 @@ import numpy as np
 from _common import parser, show
 from flwr.common import ndarrays_to_parameters
 
-from gwpf_baseline.wire import Header, Kind, Writer
+from gwpf_baseline.exchange.payload import Header, Kind, Writer
 
 DIMENSIONS = (61_706, 11_200_000)  # LeNet-5 and ResNet-18
 DENSITIES = (0.001, 0.01, 0.02, 0.1, 0.5)  # of active coordinates, and of votes

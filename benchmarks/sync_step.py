@@ -20,21 +20,21 @@ from _common import parser, show
 from flwr.common import Context, RecordDict
 from torch import nn
 
-from gwpf_baseline.client import ClientState, SyncClient, Task
 from gwpf_baseline.config import compose_config, training_config, workbench
-from gwpf_baseline.methods import Method, load_method
-from gwpf_baseline.methods.fedavg import FedAvgStrategy
-from gwpf_baseline.methods.gwpf import GWPFStrategy, GWPFUpload
-from gwpf_baseline.params import FlatModel
-from gwpf_baseline.training import Batches
-from gwpf_baseline.wire import (
-    BoolVector,
+from gwpf_baseline.exchange.payload import (
     Header,
     Kind,
     Writer,
     decode_bitmap,
     encode_bitmap,
 )
+from gwpf_baseline.learning.client import ClientState, SyncClient, Task
+from gwpf_baseline.learning.flat_model import FlatModel
+from gwpf_baseline.learning.training import Batches
+from gwpf_baseline.methods import Method, load_method
+from gwpf_baseline.methods.fedavg import FedAvgStrategy
+from gwpf_baseline.methods.gwpf import GWPFStrategy, GWPFUpload
+from gwpf_baseline.utils import BoolVector
 
 # The share of active coordinates, and of frozen ones that a client votes for: what
 # `gwpf` is set to; what the paper's rule comes to, by chance alone, after 5 steps.

@@ -11,16 +11,16 @@ from flwr.clientapp import ClientApp
 from flwr.common import Context
 from omegaconf import DictConfig, OmegaConf
 
-from gwpf_baseline.checkpoint import CheckpointFolder
-from gwpf_baseline.client import SyncClient
 from gwpf_baseline.config import (
     from_run_config,
     quantization_config,
     training_config,
     workbench,
 )
-from gwpf_baseline.params import FlatModel, parameters_to_vector
-from gwpf_baseline.training import Batches
+from gwpf_baseline.learning.client import SyncClient
+from gwpf_baseline.learning.flat_model import FlatModel, parameters_to_vector
+from gwpf_baseline.learning.training import Batches
+from gwpf_baseline.records.checkpoint import CheckpointFolder
 from gwpf_baseline.utils import ConfigError, pick_device, run_folder
 
 

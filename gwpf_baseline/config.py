@@ -18,12 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gwpf_baseline.dataset import TaskData, load_data, partition_indices
+from gwpf_baseline.exchange.network import Network
+from gwpf_baseline.exchange.quantization import Quantization
+from gwpf_baseline.learning.server_optimizer import ServerOptimizerConfig
+from gwpf_baseline.learning.training import TrainingConfig
 from gwpf_baseline.methods import Method, load_method
 from gwpf_baseline.model import initial_model
-from gwpf_baseline.network import Network
-from gwpf_baseline.quantization import Quantization
-from gwpf_baseline.server_optimizer import ServerOptimizerConfig
-from gwpf_baseline.training import TrainingConfig
 from gwpf_baseline.utils import ConfigError, is_number
 
 WEIGHTINGS = ("uniform", "examples")

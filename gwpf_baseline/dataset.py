@@ -313,7 +313,7 @@ def _load(settings: Settings, cache_dir: Path) -> TaskData:
                 os.rename(folder, Path(scratch, "damaged"))
         fresh = Path(scratch, "fresh")
         fresh.mkdir()
-        importlib.import_module("gwpf_baseline.decoding").decode(settings, fresh)
+        importlib.import_module("gwpf_baseline.data.decoding").decode(settings, fresh)
         try:
             os.rename(fresh, folder)
         except OSError:
@@ -427,7 +427,7 @@ def _partition(
         with suppress(OSError, ValueError, EOFError, KeyError, BadZipFile):
             with np.load(file) as saved:
                 return _cut(saved["rows"], saved["bounds"])
-    partitioning = importlib.import_module("gwpf_baseline.partitioning")
+    partitioning = importlib.import_module("gwpf_baseline.data.partitioning")
     parts = partitioning.divide(data, dict(cfg), num_clients, seed)
     rows = np.concatenate(parts)
     bounds = np.cumsum([len(part) for part in parts])[:-1]

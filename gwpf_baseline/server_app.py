@@ -14,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from safetensors.torch import save_file
 
-from gwpf_baseline.checkpoint import CheckpointFolder
 from gwpf_baseline.config import (
     Workbench,
     from_run_config,
@@ -23,11 +22,12 @@ from gwpf_baseline.config import (
     server_optimizer_config,
     workbench,
 )
-from gwpf_baseline.history import Display, History, RoundRecord, closing_table
-from gwpf_baseline.params import FlatModel, to_ndarrays
-from gwpf_baseline.plots import plot_history
+from gwpf_baseline.learning.flat_model import FlatModel, to_ndarrays
+from gwpf_baseline.learning.training import evaluate
+from gwpf_baseline.records.checkpoint import CheckpointFolder
+from gwpf_baseline.records.history import Display, History, RoundRecord, closing_table
+from gwpf_baseline.records.plots import plot_history
 from gwpf_baseline.strategy import SyncStrategy
-from gwpf_baseline.training import evaluate
 from gwpf_baseline.utils import ConfigError, pick_device, run_folder
 
 log = logging.getLogger(__name__)

@@ -30,23 +30,8 @@ from flwr.server.server import fit_clients
 from flwr.server.strategy import Strategy
 from torch import nn
 
-from gwpf_baseline.checkpoint import CheckpointFolder, as_arrays, as_tensors
-from gwpf_baseline.history import RoundRecord, from_rows
-from gwpf_baseline.network import Leg, Network
-from gwpf_baseline.params import (
-    buffers_to_vector,
-    layers,
-    parameters_to_vector,
-    to_ndarrays,
-    values_per_layer,
-)
-from gwpf_baseline.quantization import Quantization
-from gwpf_baseline.roster import ClientRecord, Roster
-from gwpf_baseline.server_optimizer import ServerOptimizer, ServerOptimizerConfig
-from gwpf_baseline.stability import blocks
-from gwpf_baseline.wire import (
-    BoolVector,
-    FloatVector,
+from gwpf_baseline.exchange.network import Leg, Network
+from gwpf_baseline.exchange.payload import (
     Header,
     Kind,
     Reader,
@@ -56,6 +41,23 @@ from gwpf_baseline.wire import (
     parse_tensors,
     vector_checksum,
 )
+from gwpf_baseline.exchange.quantization import Quantization
+from gwpf_baseline.exchange.roster import ClientRecord, Roster
+from gwpf_baseline.learning.flat_model import (
+    buffers_to_vector,
+    cache_blocks,
+    layers,
+    parameters_to_vector,
+    to_ndarrays,
+    values_per_layer,
+)
+from gwpf_baseline.learning.server_optimizer import (
+    ServerOptimizer,
+    ServerOptimizerConfig,
+)
+from gwpf_baseline.records.checkpoint import CheckpointFolder, as_arrays, as_tensors
+from gwpf_baseline.records.history import RoundRecord, from_rows
+from gwpf_baseline.utils import BoolVector, FloatVector
 
 log = logging.getLogger(__name__)
 
@@ -407,7 +409,7 @@ class SyncStrategy(Strategy, Generic[Upload]):
         if mask is None:
             self.optimizer.step(weights, slice(None), update)
             return
-        for index, part in blocks(mask):
+        for index, part in cache_blocks(mask):
             self.optimizer.step(weights, index, update[part])
 
     def network(self) -> torch.Tensor:

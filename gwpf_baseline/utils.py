@@ -4,7 +4,12 @@ import hashlib
 import os
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
+
+FloatVector = npt.NDArray[np.float32]
+BoolVector = npt.NDArray[np.bool_]
 
 
 class ConfigError(ValueError):

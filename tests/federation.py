@@ -32,8 +32,6 @@ from omegaconf import DictConfig
 from sklearn.datasets import load_digits
 from torch import nn
 
-from gwpf_baseline.checkpoint import CheckpointFolder
-from gwpf_baseline.client import ClientState, SyncClient, Task
 from gwpf_baseline.client_app import make_client
 from gwpf_baseline.config import (
     quantization_config,
@@ -41,11 +39,13 @@ from gwpf_baseline.config import (
     workbench,
 )
 from gwpf_baseline.dataset import TaskData
-from gwpf_baseline.history import RoundRecord
+from gwpf_baseline.learning.client import ClientState, SyncClient, Task
+from gwpf_baseline.learning.flat_model import FlatModel, parameters_to_vector
+from gwpf_baseline.learning.training import Batches, StepHook, TrainingConfig
 from gwpf_baseline.methods import load_method
-from gwpf_baseline.params import FlatModel, parameters_to_vector
+from gwpf_baseline.records.checkpoint import CheckpointFolder
+from gwpf_baseline.records.history import RoundRecord
 from gwpf_baseline.strategy import SyncStrategy
-from gwpf_baseline.training import Batches, StepHook, TrainingConfig
 
 # Every failure is meant; what the package says about it stands in its own log.
 logging.getLogger("flwr").setLevel(logging.CRITICAL)

@@ -10,13 +10,13 @@ from federation import Federation, lose, scripted, size, small, with_tensors
 from flwr.common import FitRes
 from numpy.testing import assert_array_equal
 
+from gwpf_baseline.learning.training import TrainingConfig
 from gwpf_baseline.methods.apf import (
     APFConfig,
     APFStrategy,
     FreezingSchedule,
     aggressive_share,
 )
-from gwpf_baseline.training import TrainingConfig
 from gwpf_baseline.utils import ConfigError, derive_seed
 
 CONTROLS = ["aimd", "additive", "multiplicative", "fixed", "permanent"]

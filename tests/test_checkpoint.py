@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gwpf_baseline.checkpoint import CheckpointFolder, load_state, save_state
+from gwpf_baseline.records.checkpoint import CheckpointFolder, load_state, save_state
 from gwpf_baseline.utils import ConfigError
 
 STATE = {

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.testing import assert_allclose
 
+from gwpf_baseline.learning.training import TrainingConfig
 from gwpf_baseline.methods.cmfl import CMFLConfig, relevance
-from gwpf_baseline.training import TrainingConfig
 from gwpf_baseline.utils import ConfigError
 
 VALUES = hnp.arrays(

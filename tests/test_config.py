@@ -21,8 +21,8 @@ from gwpf_baseline.config import (
     training_config,
     workbench,
 )
+from gwpf_baseline.exchange.network import Network
 from gwpf_baseline.methods import load_method
-from gwpf_baseline.network import Network
 from gwpf_baseline.utils import ConfigError
 
 

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from gwpf_baseline import dataset as module
-from gwpf_baseline import decoding, partitioning
+from gwpf_baseline.data import decoding, partitioning
 from gwpf_baseline.dataset import (
     AudioSettings,
     ImageSettings,

@@ -20,10 +20,14 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gwpf_baseline.config import checked, compose_config, config_dir, workbench
-from gwpf_baseline.history import COLUMNS, RoundRecord, read_history
+from gwpf_baseline.learning.flat_model import (
+    FlatModel,
+    buffers_to_vector,
+    parameters_to_vector,
+)
+from gwpf_baseline.learning.training import evaluate
 from gwpf_baseline.methods.fedpm import load_network
-from gwpf_baseline.params import FlatModel, buffers_to_vector, parameters_to_vector
-from gwpf_baseline.training import evaluate
+from gwpf_baseline.records.history import COLUMNS, RoundRecord, read_history
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Small, and yet every mechanism takes part: sampled clients that miss rounds, momentum

@@ -14,8 +14,23 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
 
-from gwpf_baseline.checkpoint import load_state, save_state
 from gwpf_baseline.config import compose_config, workbench
+from gwpf_baseline.exchange.payload import (
+    Header,
+    Kind,
+    Reader,
+    WireError,
+    Writer,
+    encode_bitmap,
+)
+from gwpf_baseline.exchange.quantization import Quantization
+from gwpf_baseline.learning.flat_model import (
+    FlatModel,
+    buffers_to_vector,
+    parameters_to_vector,
+)
+from gwpf_baseline.learning.server_optimizer import ServerOptimizerConfig
+from gwpf_baseline.learning.training import TrainingConfig, evaluate
 from gwpf_baseline.methods.fedpm import (
     NETWORK_FILE,
     FedPMConfig,
@@ -32,24 +47,9 @@ from gwpf_baseline.methods.fedpm import (
     unpack_description,
 )
 from gwpf_baseline.model import build_model
-from gwpf_baseline.params import (
-    FlatModel,
-    buffers_to_vector,
-    parameters_to_vector,
-)
-from gwpf_baseline.quantization import Quantization
+from gwpf_baseline.records.checkpoint import load_state, save_state
 from gwpf_baseline.server_app import Evaluator
-from gwpf_baseline.server_optimizer import ServerOptimizerConfig
-from gwpf_baseline.training import TrainingConfig, evaluate
 from gwpf_baseline.utils import ConfigError
-from gwpf_baseline.wire import (
-    Header,
-    Kind,
-    Reader,
-    WireError,
-    Writer,
-    encode_bitmap,
-)
 
 BITS = (8, 16)
 INF = math.inf

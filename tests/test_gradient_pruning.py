@@ -11,13 +11,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.testing import assert_allclose, assert_array_equal
 
+from gwpf_baseline.exchange.quantization import Quantization
+from gwpf_baseline.learning.flat_model import Layer
+from gwpf_baseline.learning.server_optimizer import ServerOptimizerConfig
+from gwpf_baseline.learning.training import TrainingConfig
 from gwpf_baseline.methods.gradient_pruning import GradientPruningConfig
-from gwpf_baseline.params import Layer
-from gwpf_baseline.pruning import above_threshold, largest, largest_share, share
-from gwpf_baseline.quantization import Quantization
-from gwpf_baseline.server_optimizer import ServerOptimizerConfig
-from gwpf_baseline.sparse import csr_bytes
-from gwpf_baseline.training import TrainingConfig
+from gwpf_baseline.methods.shared.pruning import (
+    above_threshold,
+    largest,
+    largest_share,
+    share,
+)
+from gwpf_baseline.methods.shared.sparse import csr_bytes
 from gwpf_baseline.utils import ConfigError
 
 LAYERS = [Layer(slice(0, 12), (3, 4)), Layer(slice(12, 15), (3,))]

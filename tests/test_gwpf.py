@@ -26,6 +26,9 @@ from hypothesis.extra import numpy as hnp
 from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
 
+from gwpf_baseline.exchange.payload import Reader, parse_tensors
+from gwpf_baseline.learning.flat_model import FlatModel, parameters_to_vector
+from gwpf_baseline.learning.training import Batches, TrainingConfig
 from gwpf_baseline.methods.gwpf import (
     GWPFClient,
     GWPFConfig,
@@ -35,11 +38,8 @@ from gwpf_baseline.methods.gwpf import (
     thaw_by_budget,
     thaw_by_quorum,
 )
-from gwpf_baseline.params import FlatModel, parameters_to_vector
-from gwpf_baseline.stability import TIGHTEN_SHARE
-from gwpf_baseline.training import Batches, TrainingConfig
+from gwpf_baseline.methods.shared.stability import TIGHTEN_SHARE
 from gwpf_baseline.utils import ConfigError, derive_seed
-from gwpf_baseline.wire import Reader, parse_tensors
 
 # ---- the pure functions -------------------------------------------------------------
 

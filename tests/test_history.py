@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gwpf_baseline.history import (
+from gwpf_baseline.records.history import (
     COLUMNS,
     Display,
     History,
@@ -26,7 +26,7 @@ from gwpf_baseline.history import (
     from_rows,
     read_history,
 )
-from gwpf_baseline.plots import plot_history
+from gwpf_baseline.records.plots import plot_history
 
 HEADER = (
     "round,seconds,test_accuracy,test_loss,train_loss,uplink_bytes,downlink_bytes,"

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from gwpf_baseline.learning.flat_model import FlatModel
 from gwpf_baseline.model import MODELS, build_model, initial_model
-from gwpf_baseline.params import FlatModel
 from gwpf_baseline.utils import ConfigError
 
 MNIST, CIFAR = (1, 28, 28), (3, 32, 32)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from gwpf_baseline.network import Leg, Network
+from gwpf_baseline.exchange.network import Leg, Network
 from gwpf_baseline.utils import ConfigError
 
 MEGABYTE = 10**6

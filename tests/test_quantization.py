@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.testing import assert_allclose, assert_array_equal
 
-from gwpf_baseline.quantization import Quantization, dequantize, quantize
-from gwpf_baseline.training import TrainingConfig
+from gwpf_baseline.exchange.payload import Header, Kind, Reader, WireError, Writer
+from gwpf_baseline.exchange.quantization import Quantization, dequantize, quantize
+from gwpf_baseline.learning.training import TrainingConfig
 from gwpf_baseline.utils import ConfigError
-from gwpf_baseline.wire import Header, Kind, Reader, WireError, Writer
 
 TRAINING = TrainingConfig(local_steps=2, batch_size=8, lr=0.2)
 HEADER = Header("test", Kind.UPDATE, exchange=1, base=0, length=20)

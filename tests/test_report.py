@@ -16,8 +16,8 @@ from matplotlib.image import imread
 from omegaconf import OmegaConf
 
 from gwpf_baseline.config import compose_config
-from gwpf_baseline.history import COLUMNS, History, RoundRecord, read_history
-from gwpf_baseline.report import (
+from gwpf_baseline.records.history import COLUMNS, History, RoundRecord, read_history
+from gwpf_baseline.report.__main__ import (
     average_curve,
     first_reaching,
     lay_out,
@@ -25,7 +25,13 @@ from gwpf_baseline.report import (
     metric_of,
     summarise,
 )
-from gwpf_baseline.runs import Run, check_comparable, find_runs, group_runs, read_run
+from gwpf_baseline.report.runs import (
+    Run,
+    check_comparable,
+    find_runs,
+    group_runs,
+    read_run,
+)
 
 FIGURES = {"metric_rounds.png", "metric_bytes.png", "metric_time.png", "frozen.png"}
 FIGURES |= {"bandwidth.png"}

@@ -18,7 +18,7 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAdagrad, FedAvgM, FedYogi
 from numpy.testing import assert_allclose, assert_array_equal
 
-from gwpf_baseline.server_optimizer import (
+from gwpf_baseline.learning.server_optimizer import (
     OPTIMIZERS,
     ServerOptimizer,
     ServerOptimizerConfig,

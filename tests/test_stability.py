@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.testing import assert_allclose, assert_array_equal
 
-from gwpf_baseline.stability import TIGHTEN_SHARE, Stability, blocks, is_stable
+from gwpf_baseline.learning.flat_model import cache_blocks
+from gwpf_baseline.methods.shared.stability import TIGHTEN_SHARE, Stability, is_stable
 
 COARSE_VALUE = st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0])
 COARSE = hnp.arrays(
@@ -66,7 +67,7 @@ def test_blocks_are_the_coordinates_of_the_mask(size: int, density: float) -> No
     """All of them, in order, with their places among all that are in it."""
     mask = np.random.default_rng(size).random(size) < density
     found = np.full(np.count_nonzero(mask), -1)
-    for index, part in blocks(mask):
+    for index, part in cache_blocks(mask):
         found[part] = index
     assert_array_equal(found, np.flatnonzero(mask))
 

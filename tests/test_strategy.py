@@ -27,13 +27,9 @@ from flwr.common import Code, Context, FitRes, Parameters, Status
 from numpy.testing import assert_allclose, assert_array_equal
 from omegaconf import DictConfig
 
-from gwpf_baseline.client import ClientState, SyncClient, Task
 from gwpf_baseline.config import checked, compose_config
-from gwpf_baseline.history import RoundRecord
-from gwpf_baseline.network import Network
-from gwpf_baseline.training import TrainingConfig
-from gwpf_baseline.utils import ConfigError
-from gwpf_baseline.wire import (
+from gwpf_baseline.exchange.network import Network
+from gwpf_baseline.exchange.payload import (
     Header,
     Kind,
     Reader,
@@ -41,6 +37,10 @@ from gwpf_baseline.wire import (
     encode_bitmap,
     parse_tensors,
 )
+from gwpf_baseline.learning.client import ClientState, SyncClient, Task
+from gwpf_baseline.learning.training import TrainingConfig
+from gwpf_baseline.records.history import RoundRecord
+from gwpf_baseline.utils import ConfigError
 
 Compose = Callable[..., DictConfig]
 Tamper = Callable[[list[bytes]], list[bytes]]

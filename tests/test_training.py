@@ -9,10 +9,10 @@ import torch
 from federation import digits, small, small_net
 from numpy.testing import assert_array_equal
 
-from gwpf_baseline import training
 from gwpf_baseline.dataset import TaskData
-from gwpf_baseline.params import FlatModel
-from gwpf_baseline.training import Batches, TrainingConfig, evaluate, train
+from gwpf_baseline.learning import training
+from gwpf_baseline.learning.flat_model import FlatModel
+from gwpf_baseline.learning.training import Batches, TrainingConfig, evaluate, train
 from gwpf_baseline.utils import ConfigError
 
 DATA = digits()

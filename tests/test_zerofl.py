@@ -17,6 +17,9 @@ from torch import nn
 from torch.nn import functional
 from torch.testing import assert_close
 
+from gwpf_baseline.learning.flat_model import layers, parameters_to_vector
+from gwpf_baseline.learning.training import TrainingConfig
+from gwpf_baseline.methods.shared.sparse import SparseUpload
 from gwpf_baseline.methods.zerofl import (
     UPLOADS,
     SparseConv2d,
@@ -27,9 +30,6 @@ from gwpf_baseline.methods.zerofl import (
     sent,
 )
 from gwpf_baseline.model import MODELS, build_model
-from gwpf_baseline.params import layers, parameters_to_vector
-from gwpf_baseline.sparse import SparseUpload
-from gwpf_baseline.training import TrainingConfig
 from gwpf_baseline.utils import ConfigError
 
 VALUES = hnp.arrays(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from gwpf_baseline.client import SyncClient
+from gwpf_baseline.learning.client import SyncClient
 from gwpf_baseline.strategy import SyncStrategy
 from gwpf_baseline.utils import ConfigError
 
@@ -40,6 +40,11 @@ class Method(NamedTuple):
     adapt: Callable[[nn.Module, Any, int], nn.Module] = _as_it_is
 
 
+def method_files() -> list[str]:
+    """Return the names of this package's files that hold a method, sorted."""
+    return sorted(i.name for i in pkgutil.iter_modules(__path__) if not i.ispkg)
+
+
 def load_method(options: dict[str, Any]) -> tuple[Method, Any]:
     """Find a method's file and build its hyper-parameters.
 
@@ -62,7 +67,7 @@ def load_method(options: dict[str, Any]) -> tuple[Method, Any]:
         An unknown module or hyper-parameter, or a value out of range.
     """
     module = options.get("module")
-    known = sorted(info.name for info in pkgutil.iter_modules(__path__))
+    known = method_files()
     if module not in known:
         raise ConfigError("method.module", module, f"one of {', '.join(known)}")
     method: Method = importlib.import_module(f"{__name__}.{module}").METHOD

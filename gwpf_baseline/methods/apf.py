@@ -19,20 +19,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from gwpf_baseline.checkpoint import as_arrays, as_tensors
-from gwpf_baseline.client import ClientState, LostState, SyncClient, Task, drifted
+from gwpf_baseline.exchange.payload import Header, Reader, Writer, as_tensor
+from gwpf_baseline.learning.client import (
+    ClientState,
+    LostState,
+    SyncClient,
+    Task,
+    drifted,
+)
+from gwpf_baseline.learning.flat_model import cache_blocks
+from gwpf_baseline.learning.training import StepHook
 from gwpf_baseline.methods import Method
-from gwpf_baseline.stability import Stability, blocks
+from gwpf_baseline.methods.shared.stability import Stability
+from gwpf_baseline.records.checkpoint import as_arrays, as_tensors
 from gwpf_baseline.strategy import SyncStrategy
-from gwpf_baseline.training import StepHook
-from gwpf_baseline.utils import ConfigError, derive_seed, is_number
-from gwpf_baseline.wire import (
+from gwpf_baseline.utils import (
     BoolVector,
+    ConfigError,
     FloatVector,
-    Header,
-    Reader,
-    Writer,
-    as_tensor,
+    derive_seed,
+    is_number,
 )
 
 # Checks for which `fixed` freezes (section VII-E).
@@ -203,7 +209,7 @@ class FreezingSchedule:
             return
         live = self.deadline <= self.checks
         self.checks += 1
-        for index, _ in blocks(live):
+        for index, _ in cache_blocks(live):
             current = weights[index]
             stable = self.stability.observe(index, current - self.reference[index])
             self.reference[index] = current

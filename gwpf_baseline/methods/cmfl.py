@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from gwpf_baseline.client import ClientState, SyncClient, Task
+from gwpf_baseline.exchange.payload import Reader, Writer
+from gwpf_baseline.learning.client import ClientState, SyncClient, Task
 from gwpf_baseline.methods import Method
 from gwpf_baseline.methods.fedavg import FedAvgConfig, FedAvgStrategy
-from gwpf_baseline.utils import ConfigError, is_number
-from gwpf_baseline.wire import FloatVector, Reader, Writer
+from gwpf_baseline.utils import ConfigError, FloatVector, is_number
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from gwpf_baseline.client import ClientState, SyncClient, Task
+from gwpf_baseline.exchange.payload import Reader, Writer, as_tensor
+from gwpf_baseline.learning.client import ClientState, SyncClient, Task
 from gwpf_baseline.methods import Method
 from gwpf_baseline.strategy import SyncStrategy
-from gwpf_baseline.wire import FloatVector, Reader, Writer, as_tensor
+from gwpf_baseline.utils import FloatVector
 
 
 @dataclass(frozen=True)

@@ -23,26 +23,30 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from gwpf_baseline.checkpoint import as_arrays, as_tensors
-from gwpf_baseline.client import ClientState, SyncClient, Task
-from gwpf_baseline.methods import Method
-from gwpf_baseline.model import initial_model
-from gwpf_baseline.params import (
-    buffers_to_vector,
-    parameters_to_vector,
-    vector_to_buffers,
-)
-from gwpf_baseline.strategy import SyncStrategy
-from gwpf_baseline.utils import ConfigError, derive_seed, is_number
-from gwpf_baseline.wire import (
-    BoolVector,
-    FloatVector,
+from gwpf_baseline.exchange.payload import (
     Reader,
     WireError,
     Writer,
     decode_bitmap,
     encode_bitmap,
     vector_checksum,
+)
+from gwpf_baseline.learning.client import ClientState, SyncClient, Task
+from gwpf_baseline.learning.flat_model import (
+    buffers_to_vector,
+    parameters_to_vector,
+    vector_to_buffers,
+)
+from gwpf_baseline.methods import Method
+from gwpf_baseline.model import initial_model
+from gwpf_baseline.records.checkpoint import as_arrays, as_tensors
+from gwpf_baseline.strategy import SyncStrategy
+from gwpf_baseline.utils import (
+    BoolVector,
+    ConfigError,
+    FloatVector,
+    derive_seed,
+    is_number,
 )
 
 # How a probability travels, by its bits.

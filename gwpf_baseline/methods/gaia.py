@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from gwpf_baseline.client import ClientState, Task
+from gwpf_baseline.exchange.payload import Writer
+from gwpf_baseline.learning.client import ClientState, Task
 from gwpf_baseline.methods import Method
-from gwpf_baseline.sparse import SparseClient, SparseStrategy
-from gwpf_baseline.utils import ConfigError, is_number
-from gwpf_baseline.wire import BoolVector, FloatVector, Writer
+from gwpf_baseline.methods.shared.sparse import SparseClient, SparseStrategy
+from gwpf_baseline.utils import BoolVector, ConfigError, FloatVector, is_number
 
 
 @dataclass(frozen=True)

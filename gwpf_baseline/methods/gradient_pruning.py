@@ -15,12 +15,12 @@ others, adding to them until they are.
 from dataclasses import dataclass
 from typing import Any
 
-from gwpf_baseline.client import ClientState, Task
+from gwpf_baseline.exchange.payload import Writer
+from gwpf_baseline.learning.client import ClientState, Task
 from gwpf_baseline.methods import Method
-from gwpf_baseline.pruning import above_threshold, largest_share
-from gwpf_baseline.sparse import SparseClient, SparseStrategy
+from gwpf_baseline.methods.shared.pruning import above_threshold, largest_share
+from gwpf_baseline.methods.shared.sparse import SparseClient, SparseStrategy
 from gwpf_baseline.utils import ConfigError, is_number
-from gwpf_baseline.wire import Writer
 
 
 @dataclass(frozen=True)

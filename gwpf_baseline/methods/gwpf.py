@@ -15,14 +15,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from gwpf_baseline.checkpoint import as_arrays, as_tensors
-from gwpf_baseline.client import ClientState, SyncClient, Task, drifted
+from gwpf_baseline.exchange.payload import Reader, Writer, as_tensor
+from gwpf_baseline.learning.client import ClientState, SyncClient, Task, drifted
+from gwpf_baseline.learning.flat_model import cache_blocks
 from gwpf_baseline.methods import Method
-from gwpf_baseline.pruning import share
-from gwpf_baseline.stability import Stability, blocks
+from gwpf_baseline.methods.shared.pruning import share
+from gwpf_baseline.methods.shared.stability import Stability
+from gwpf_baseline.records.checkpoint import as_arrays, as_tensors
 from gwpf_baseline.strategy import SyncStrategy
-from gwpf_baseline.utils import ConfigError, derive_seed, is_number
-from gwpf_baseline.wire import BoolVector, FloatVector, Reader, Writer, as_tensor
+from gwpf_baseline.utils import (
+    BoolVector,
+    ConfigError,
+    FloatVector,
+    derive_seed,
+    is_number,
+)
 
 
 @dataclass(frozen=True)
@@ -308,7 +315,7 @@ class GWPFStrategy(SyncStrategy[GWPFUpload]):
         weights = self.weights.numpy()
         update = self.value_sum.div_(total_weight).numpy()
         keep = np.zeros_like(asked)
-        for index, part in blocks(asked):
+        for index, part in cache_blocks(asked):
             self.optimizer.step(weights, index, update[part])
             if self.config.freeze_rule == "threshold":
                 keep[index] = ~self.stability.observe(index, update[part])
@@ -316,7 +323,7 @@ class GWPFStrategy(SyncStrategy[GWPFUpload]):
             self.mask = self.mask | torch.from_numpy(keep)
         else:
             thawed, elected = np.zeros_like(asked), self._elected()
-            for index, part in blocks(~asked):
+            for index, part in cache_blocks(~asked):
                 thawed[index] = elected[part]
             self.thawed = torch.from_numpy(thawed)
             same_round = self.config.thaw_exchange == "same_round"

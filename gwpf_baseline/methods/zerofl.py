@@ -17,13 +17,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from gwpf_baseline.client import ClientState, Task
+from gwpf_baseline.exchange.payload import Writer
+from gwpf_baseline.learning.client import ClientState, Task
+from gwpf_baseline.learning.flat_model import Layer
 from gwpf_baseline.methods import Method
-from gwpf_baseline.params import Layer
-from gwpf_baseline.pruning import largest_share, share
-from gwpf_baseline.sparse import SparseClient, SparseStrategy
-from gwpf_baseline.utils import ConfigError, is_number
-from gwpf_baseline.wire import BoolVector, FloatVector, Writer
+from gwpf_baseline.methods.shared.pruning import largest_share, share
+from gwpf_baseline.methods.shared.sparse import SparseClient, SparseStrategy
+from gwpf_baseline.utils import BoolVector, ConfigError, FloatVector, is_number
 
 UPLOADS = ("top_k_weights", "diff_on_top_k", "top_k_diff")
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from gwpf_baseline.dataset import TaskData, prepare
-from gwpf_baseline.params import FlatModel
+from gwpf_baseline.learning.flat_model import FlatModel
 from gwpf_baseline.utils import ConfigError, derive_seed, is_number
 
 OPTIMIZERS = ("sgd", "adam")

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from gwpf_baseline.config import RESUMABLE
-from gwpf_baseline.history import METRICS, RoundRecord, read_history
+from gwpf_baseline.records.history import METRICS, RoundRecord, read_history
 
 # Where the same data lies, and what changes nothing in a run or what is averaged over.
 _PLACES = {"dataset.path", "dataset.cache_dir"}

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gwpf_baseline.utils import ConfigError, is_number
-from gwpf_baseline.wire import FloatVector, Reader, WireError, Writer
+from gwpf_baseline.exchange.payload import Reader, WireError, Writer
+from gwpf_baseline.utils import ConfigError, FloatVector, is_number
 
 # The signed integers that updates are rounded to.
 _LEVELS: dict[int, np.dtype] = {8: np.dtype(np.int8), 16: np.dtype("<i2")}

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
-from gwpf_baseline.history import RoundRecord
+from gwpf_baseline.records.history import RoundRecord
 
 
 def plot_history(records: Sequence[RoundRecord], folder: Path) -> None:

@@ -20,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gwpf_baseline.utils import BoolVector, FloatVector
+
 FORMAT_VERSION = 2
 _stream = constriction.stream  # pylint: disable=no-member  # compiled
 _MAGIC = b"GW"
@@ -34,9 +36,6 @@ _NPY = re.compile(
     rb"'shape': \((\d{1,12}),\), \} *\n"
 )
 _NPY_MAX_HEADER = 192
-
-FloatVector = npt.NDArray[np.float32]
-BoolVector = npt.NDArray[np.bool_]
 
 
 class WireError(ValueError):

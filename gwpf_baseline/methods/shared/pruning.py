@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from gwpf_baseline.params import Layer
-from gwpf_baseline.wire import BoolVector, FloatVector
+from gwpf_baseline.learning.flat_model import Layer
+from gwpf_baseline.utils import BoolVector, FloatVector
 
 
 def share(fraction: float, total: int) -> int:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from gwpf_baseline.wire import (
+from gwpf_baseline.exchange.payload import (
     Header,
     Kind,
     Reader,

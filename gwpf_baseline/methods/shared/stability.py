@@ -4,16 +4,12 @@ Chen, Xu, Wang, Li, Li, Chen, Zhang: Communication-Efficient Federated Learning 
 Adaptive Parameter Freezing. ICDCS 2021, section IV. GWPF freezes by the same measure.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 
-from gwpf_baseline.wire import BoolVector, FloatVector
+from gwpf_baseline.utils import BoolVector, FloatVector
 
 # The stable share beyond which the threshold is halved (APF, section IV).
 TIGHTEN_SHARE = 0.8
-# Coordinates that are worked on at a time: some vectors of them fit any L2 cache.
-_BLOCK = 2**15
 
 
 class Stability:
@@ -61,7 +57,7 @@ class Stability:
         Parameters
         ----------
         index : numpy.ndarray
-            int64 ``(k,)``, the coordinates; best a block of :func:`blocks`.
+            int64 ``(k,)``, the coordinates; best a block of ``cache_blocks``.
         update : numpy.ndarray
             float32 ``(k,)``, their updates.
 
@@ -128,29 +124,3 @@ def is_stable(ema: FloatVector, ema_abs: FloatVector, threshold: float) -> BoolV
         is stable too; the product form never divides by it.
     """
     return (np.abs(ema) < np.float32(threshold) * ema_abs) | (ema_abs == 0)
-
-
-def blocks(mask: BoolVector) -> Iterator[tuple[np.ndarray, slice]]:
-    """Walk through the coordinates in a mask, a block that fits the cache at a time.
-
-    Within a block, positions are faster to work with than the mask; over the whole
-    vector they would take more memory than the values.
-
-    Parameters
-    ----------
-    mask : numpy.ndarray
-        bool ``(d,)``.
-
-    Yields
-    ------
-    index : numpy.ndarray
-        int64, the block's coordinates that are in the mask.
-    part : slice
-        Where they stand among all that are.
-    """
-    stop = 0
-    for first in range(0, mask.size, _BLOCK):
-        index = np.flatnonzero(mask[first : first + _BLOCK])
-        index += first
-        start, stop = stop, stop + index.size
-        yield index, slice(start, stop)

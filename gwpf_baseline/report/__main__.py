@@ -28,9 +28,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gwpf_baseline.history import RoundRecord, perplexity
-from gwpf_baseline.plots import draw, label_rounds
-from gwpf_baseline.runs import (
+from gwpf_baseline.records.history import RoundRecord, perplexity
+from gwpf_baseline.records.plots import draw, label_rounds
+from gwpf_baseline.report.runs import (
     ReportError,
     Run,
     check_comparable,

@@ -10,7 +10,7 @@ from federation import small_net
 from torch import nn
 from torch.nn import functional
 
-from gwpf_baseline.params import (
+from gwpf_baseline.learning.flat_model import (
     FlatModel,
     buffers_to_vector,
     parameters_to_vector,

@@ -22,26 +22,7 @@ from flwr.common import (
     Scalar,
 )
 
-from gwpf_baseline.checkpoint import (
-    CheckpointFolder,
-    as_arrays,
-    as_tensors,
-    save_state,
-)
-from gwpf_baseline.params import (
-    FlatModel,
-    Layer,
-    buffers_to_vector,
-    layers,
-    sent_buffers,
-    values_per_layer,
-)
-from gwpf_baseline.quantization import Quantization
-from gwpf_baseline.training import Batches, StepHook, TrainingConfig, train
-from gwpf_baseline.utils import derive_seed
-from gwpf_baseline.wire import (
-    BoolVector,
-    FloatVector,
+from gwpf_baseline.exchange.payload import (
     Header,
     Kind,
     Reader,
@@ -49,6 +30,23 @@ from gwpf_baseline.wire import (
     Writer,
     vector_checksum,
 )
+from gwpf_baseline.exchange.quantization import Quantization
+from gwpf_baseline.learning.flat_model import (
+    FlatModel,
+    Layer,
+    buffers_to_vector,
+    layers,
+    sent_buffers,
+    values_per_layer,
+)
+from gwpf_baseline.learning.training import Batches, StepHook, TrainingConfig, train
+from gwpf_baseline.records.checkpoint import (
+    CheckpointFolder,
+    as_arrays,
+    as_tensors,
+    save_state,
+)
+from gwpf_baseline.utils import BoolVector, FloatVector, derive_seed
 
 _ARRAYS = "gwpf_baseline.arrays"
 _VALUES = "gwpf_baseline.values"

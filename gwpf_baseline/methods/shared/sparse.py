@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from gwpf_baseline.client import ClientState, SyncClient, Task
-from gwpf_baseline.params import Layer, values_per_layer
-from gwpf_baseline.stability import blocks
+from gwpf_baseline.exchange.payload import Reader, Writer
+from gwpf_baseline.learning.client import ClientState, SyncClient, Task
+from gwpf_baseline.learning.flat_model import Layer, cache_blocks, values_per_layer
 from gwpf_baseline.strategy import SyncStrategy
-from gwpf_baseline.wire import BoolVector, FloatVector, Reader, Writer
+from gwpf_baseline.utils import BoolVector, FloatVector
 
 
 class SparseUpload(NamedTuple):
@@ -91,7 +91,7 @@ class SparseStrategy(SyncStrategy[SparseUpload]):
     def finish_exchange(self, total_weight: float) -> torch.Tensor:
         """Move the model by the mean over all clients, unsent updates being 0."""
         weights = self.weights.numpy()
-        for index, _ in blocks(self.changed):
+        for index, _ in cache_blocks(self.changed):
             update = self.update_sum[index]
             update /= np.float32(total_weight)
             self.optimizer.step(weights, index, update)

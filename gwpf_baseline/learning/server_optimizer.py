@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gwpf_baseline.utils import ConfigError, is_number
-from gwpf_baseline.wire import FloatVector
+from gwpf_baseline.utils import ConfigError, FloatVector, is_number
 
 OPTIMIZERS = ("fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi")
 
@@ -102,7 +101,7 @@ class ServerOptimizer:
             float32 ``(d,)``, moved in place.
         index : numpy.ndarray or slice
             int64 ``(k,)`` or a slice of k, the coordinates; best a block of
-            :func:`gwpf_baseline.stability.blocks`.
+            :func:`gwpf_baseline.learning.flat_model.cache_blocks`.
         update : numpy.ndarray
             float32 ``(k,)``, the clients' mean update.
         """

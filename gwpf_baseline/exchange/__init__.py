@@ -1,0 +1,1 @@
+"""What is exchanged: payloads, who has which version of the model, what it costs."""

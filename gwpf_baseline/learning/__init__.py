@@ -1,0 +1,1 @@
+"""What learns: the flat model, the local loop, the client, the server's optimiser."""

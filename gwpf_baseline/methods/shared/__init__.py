@@ -1,0 +1,1 @@
+"""What methods share: measures of significance, stability, sparse uploads."""

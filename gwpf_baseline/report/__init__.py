@@ -1,0 +1,1 @@
+"""Finished runs side by side: ``python -m gwpf_baseline.report RUN RUN``."""
