@@ -17,12 +17,12 @@ from omegaconf import OmegaConf
 
 from gwpf_baseline.config import compose_config
 from gwpf_baseline.records.history import COLUMNS, History, RoundRecord, read_history
+from gwpf_baseline.records.target import metric_of
 from gwpf_baseline.report.__main__ import (
     average_curve,
     first_reaching,
     lay_out,
     main,
-    metric_of,
     summarise,
 )
 from gwpf_baseline.report.runs import (

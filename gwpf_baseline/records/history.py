@@ -70,6 +70,14 @@ class RoundRecord:  # pylint: disable=too-many-instance-attributes  # a file's c
     mean_accuracy : float or None
         Of the mean of a random network on the test data; None if it is not random, or
         was not evaluated.
+    uplink_value_bytes, downlink_value_bytes : int
+        What values took, like the following a sum over the clients of the round.
+    uplink_position_bytes, downlink_position_bytes : int
+        What positions took: bitmaps.
+    uplink_buffer_bytes, downlink_buffer_bytes : int
+        What buffers took.
+    uplink_overhead_bytes, downlink_overhead_bytes : int
+        All else: headers; what was refused counts as overhead.
 
     Raises
     ------
@@ -97,6 +105,14 @@ class RoundRecord:  # pylint: disable=too-many-instance-attributes  # a file's c
     downlink_bits_per_parameter: float | None = None
     csr_bytes: int | None = None
     mean_accuracy: float | None = None
+    uplink_value_bytes: int = 0
+    uplink_position_bytes: int = 0
+    uplink_buffer_bytes: int = 0
+    uplink_overhead_bytes: int = 0
+    downlink_value_bytes: int = 0
+    downlink_position_bytes: int = 0
+    downlink_buffer_bytes: int = 0
+    downlink_overhead_bytes: int = 0
 
     def __post_init__(self) -> None:
         """Bring every value to its column's type."""

@@ -28,8 +28,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gwpf_baseline.records.history import RoundRecord, perplexity
+from gwpf_baseline.records.history import RoundRecord
 from gwpf_baseline.records.plots import draw, label_rounds
+from gwpf_baseline.records.target import check_target, metric_of, reaches
 from gwpf_baseline.report.runs import (
     ReportError,
     Run,
@@ -76,29 +77,6 @@ Row = dict[str, Any]
 # ---- calculating --------------------------------------------------------------------
 
 
-def metric_of(record: RoundRecord, metric: str) -> float | None:
-    """Return what a round is measured by.
-
-    Parameters
-    ----------
-    record : RoundRecord
-        The round.
-    metric : {"accuracy", "perplexity"}
-        Its name.
-
-    Returns
-    -------
-    float or None
-        None if the round was not evaluated. The perplexity of a model that diverged is
-        infinite: its last finite one would flatter it.
-    """
-    if metric == "accuracy":
-        return record.test_accuracy
-    if record.test_loss is not None:
-        return perplexity(record.test_loss)
-    return None if record.test_accuracy is None else math.inf
-
-
 def traffic(record: RoundRecord) -> int:
     """Return the bytes sent up to the end of a round, both ways."""
     return record.cumulative_uplink_bytes + record.cumulative_downlink_bytes
@@ -120,10 +98,7 @@ def first_reaching(run: Run, target: float) -> RoundRecord | None:
         None if the target was never reached.
     """
     for record in run.records:
-        value = metric_of(record, run.metric)
-        if value is not None and (
-            value <= target if run.metric == "perplexity" else value >= target
-        ):
+        if reaches(metric_of(record, run.metric), target, run.metric):
             return record
     return None
 
@@ -723,7 +698,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runs = [read_run(folder) for folder in find_runs(options.runs)]
         check_comparable(runs)
         metric = runs[0].metric
-        _check_target(options.target, metric)
+        if options.target is not None:
+            check_target("target", options.target, metric)
         groups = group_runs(runs)
         rows = summarise(groups, options.target)
         sections = lay_out(rows, metric)
@@ -733,15 +709,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console()
     print_sections(sections, console)
     console.print(f"The report is in {options.output}", soft_wrap=True)
-
-
-def _check_target(target: float | None, metric: str) -> None:
-    if target is None:
-        return
-    if metric == "accuracy" and not 0 < target <= 1:
-        raise ConfigError("target", target, "an accuracy in (0, 1]")
-    if metric == "perplexity" and not 1 <= target < math.inf:
-        raise ConfigError("target", target, "a perplexity >= 1")
 
 
 if __name__ == "__main__":
