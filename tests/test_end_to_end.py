@@ -26,7 +26,7 @@ from gwpf_baseline.learning.flat_model import (
     parameters_to_vector,
 )
 from gwpf_baseline.learning.training import evaluate
-from gwpf_baseline.methods.fedpm import load_network
+from gwpf_baseline.methods.shared.network_file import load_network
 from gwpf_baseline.records.history import COLUMNS, RoundRecord, read_history
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -32,18 +32,22 @@ from gwpf_baseline.learning.flat_model import (
 from gwpf_baseline.learning.server_optimizer import ServerOptimizerConfig
 from gwpf_baseline.learning.training import TrainingConfig, evaluate
 from gwpf_baseline.methods.fedpm import (
-    NETWORK_FILE,
     FedPMConfig,
     FedPMStrategy,
     adapt,
-    certain_scores,
-    load_network,
-    masked,
-    pack_description,
     posterior_mode,
     sample_mask,
+)
+from gwpf_baseline.methods.shared.masked_network import (
+    certain_scores,
+    masked,
     score_table,
     to_levels,
+)
+from gwpf_baseline.methods.shared.network_file import (
+    NETWORK_FILE,
+    load_network,
+    pack_description,
     unpack_description,
 )
 from gwpf_baseline.model import build_model

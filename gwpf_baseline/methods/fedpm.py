@@ -10,10 +10,7 @@ server counts the ones, and the mode of their Beta posterior is the next probabi
 The model that comes out is a seed and a mask.
 """
 
-import functools
-import json
 import math
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,24 +18,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
-from gwpf_baseline.exchange.payload import (
-    Reader,
-    WireError,
-    Writer,
-    decode_bitmap,
-    encode_bitmap,
-    vector_checksum,
-)
+from gwpf_baseline.exchange.payload import Reader, WireError, Writer
 from gwpf_baseline.learning.client import ClientState, SyncClient, Task
-from gwpf_baseline.learning.flat_model import (
-    buffers_to_vector,
-    parameters_to_vector,
-    vector_to_buffers,
-)
 from gwpf_baseline.methods import Method
-from gwpf_baseline.model import initial_model
+from gwpf_baseline.methods.shared.masked_network import (
+    LEVELS,
+    certain_scores,
+    masked,
+    score_table,
+    to_levels,
+)
+from gwpf_baseline.methods.shared.network_file import NETWORK_FILE, save_network
 from gwpf_baseline.records.checkpoint import as_arrays, as_tensors
 from gwpf_baseline.strategy import SyncStrategy
 from gwpf_baseline.utils import (
@@ -49,8 +40,6 @@ from gwpf_baseline.utils import (
     is_number,
 )
 
-# How a probability travels, by its bits.
-_LEVELS = {8: np.uint8, 16: np.uint16}
 # What the counts of ones, uint16, can hold.
 _MOST_MASKS = 2**16 - 1
 
@@ -104,7 +93,7 @@ class FedPMConfig:
                 "method.reset_every", self.reset_every, "a whole number >= 1"
             )
         bits = self.probability_bits
-        if not is_number(bits) or bits not in _LEVELS:
+        if not is_number(bits) or bits not in LEVELS:
             raise ConfigError("method.probability_bits", bits, "8 or 16")
         codes = ("density", "probabilities")
         if self.mask_code not in codes:
@@ -117,119 +106,6 @@ class FedPMConfig:
         """Return the level of the initial probability."""
         probability = np.array(self.initial_probability)
         return int(to_levels(probability, self.probability_bits))
-
-
-# ---- the masked network -------------------------------------------------------------
-
-
-class MaskedLinear(nn.Linear):
-    """A linear layer of fixed weights, of which a random mask takes part.
-
-    Attributes
-    ----------
-    weight : torch.nn.Parameter
-        The scores, float32 in the weights' shape; a score's sigmoid is the probability
-        that its weight takes part, exactly 0 and 1 for infinite ones.
-    fixed : torch.Tensor
-        The weights, float32: signs times the standard deviation of the layer's Kaiming
-        initialisation. They follow from a seed and are no part of the state dict.
-    """
-
-    fixed: torch.Tensor
-
-    # pylint: disable-next=arguments-renamed  # torch's name is a builtin's
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Apply the weights that take part."""
-        return functional.linear(inputs, _taking_part(self))
-
-
-class MaskedConv2d(nn.Conv2d):
-    """A convolution of fixed weights, of which a random mask takes part.
-
-    Attributes
-    ----------
-    weight, fixed
-        As of :class:`MaskedLinear`.
-    """
-
-    fixed: torch.Tensor
-
-    # pylint: disable-next=arguments-renamed  # torch's name is a builtin's
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Apply the weights that take part."""
-        return self._conv_forward(inputs, _taking_part(self), None)
-
-
-def _taking_part(layer: MaskedLinear | MaskedConv2d) -> torch.Tensor:
-    """Return a sample of the masked weights, or in evaluation their mean."""
-    probability = layer.weight.sigmoid()
-    if not layer.training:
-        return layer.fixed * probability
-    mask = probability.detach().bernoulli()
-    # The sample in value, the probability in gradient: straight through.
-    return layer.fixed * (mask + (probability - probability.detach()))
-
-
-def _fixed_weights(shape: torch.Size, probability: float, seed: int) -> torch.Tensor:
-    size, fan_in = shape.numel(), shape[1:].numel()
-    drawn = np.frombuffer(np.random.default_rng(seed).bytes(-(-size // 8)), np.uint8)
-    ones = torch.from_numpy(np.unpackbits(drawn, count=size)).view(shape)
-    return (2.0 * ones - 1.0) * math.sqrt(1 / (fan_in * probability))
-
-
-_MASKED = {nn.Linear: MaskedLinear, nn.Conv2d: MaskedConv2d}
-_NORMALISATION = (
-    nn.modules.batchnorm._NormBase,  # pylint: disable=protected-access
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-)
-
-
-def masked(model: nn.Module, level: int, bits: int, seed: int) -> nn.Module:
-    """Turn a model into one whose only parameters are the scores of its mask.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model; it is changed in place. Convolutions and linear layers keep their
-        shapes and lose their biases, normalisation loses its scales and shifts.
-    level, bits : int
-        How probable it is at first that a weight takes part: ``level / 2**bits``.
-    seed : int
-        The run's seed, from which the signs of the weights follow.
-
-    Returns
-    -------
-    torch.nn.Module
-        The same model.
-
-    Raises
-    ------
-    ConfigError
-        Another kind of layer has parameters to train.
-    """
-    layer: Any
-    for name, layer in model.named_modules():
-        kind = type(layer)
-        if kind in _MASKED:
-            # As torch's parametrizations do: the layer stays what it was otherwise.
-            layer.__class__ = _MASKED[kind]
-            shape = layer.weight.shape
-            signs = derive_seed(seed, "signs", name)
-            fixed = _fixed_weights(shape, level / 2**bits, signs)
-            layer.register_buffer("fixed", fixed, persistent=False)
-            scores = torch.full(shape, float(score_table(bits)[level]))
-            layer.weight, layer.bias = nn.Parameter(scores), None
-        elif isinstance(layer, _NORMALISATION):
-            layer.weight = layer.bias = None
-        elif any(p.requires_grad for p in layer.parameters(recurse=False)):
-            raise ConfigError(
-                "model",
-                f"one with {kind.__name__}",
-                "made of convolutions, linear layers and normalisation for FedPM",
-            )
-    return model
 
 
 def adapt(model: nn.Module, config: FedPMConfig, seed: int) -> nn.Module:
@@ -259,45 +135,6 @@ def posterior_mode(ones: np.ndarray, masks: int, prior: float) -> np.ndarray:
         by the ones and beta by the zeros.
     """
     return (prior - 1.0 + ones) / (2.0 * (prior - 1.0) + masks)
-
-
-def to_levels(probabilities: np.ndarray, bits: int) -> np.ndarray:
-    """Round probabilities to those that can be sent.
-
-    Parameters
-    ----------
-    probabilities : numpy.ndarray
-        Floats ``(k,)`` in ``[0, 1]``.
-    bits : int
-        8 or 16.
-
-    Returns
-    -------
-    numpy.ndarray
-        uint8 or uint16 ``(k,)``, from 1 to ``2**bits - 1``: multiples of ``2**-bits``.
-    """
-    levels = np.rint(probabilities * 2.0**bits)
-    return np.clip(levels, 1, 2**bits - 1).astype(_LEVELS[bits])
-
-
-@functools.cache
-def score_table(bits: int) -> FloatVector:
-    """Return the score of every level.
-
-    Parameters
-    ----------
-    bits : int
-        8 or 16.
-
-    Returns
-    -------
-    numpy.ndarray
-        float32 ``(2**bits,)``, strictly rising: the logits of the levels'
-        probabilities, -inf for level 0, which nothing is rounded to.
-    """
-    level = np.arange(2.0**bits)
-    with np.errstate(divide="ignore"):
-        return (np.log(level) - np.log(2.0**bits - level)).astype(np.float32)
 
 
 def expected_bits(scores: FloatVector, config: FedPMConfig) -> np.ndarray | None:
@@ -339,11 +176,6 @@ def sample_mask(probabilities: FloatVector, seed: int) -> BoolVector:
     """
     rng = np.random.default_rng(seed)
     return rng.random(probabilities.size, np.float32) < probabilities
-
-
-def certain_scores(mask: BoolVector) -> torch.Tensor:
-    """Return the scores that make a mask certain: inf where it is set, else -inf."""
-    return torch.where(torch.from_numpy(mask), math.inf, -math.inf)
 
 
 # ---- the server's half --------------------------------------------------------------
@@ -411,7 +243,7 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
     def write_values(self, writer: Writer, values: FloatVector) -> None:
         """Send scores as the levels of their probabilities."""
         table = score_table(self.config.probability_bits)
-        dtype = _LEVELS[self.config.probability_bits]
+        dtype = LEVELS[self.config.probability_bits]
         writer.vector(np.searchsorted(table, values).astype(dtype))
 
     def read_upload(self, reader: Reader) -> BoolVector:
@@ -445,18 +277,15 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
         return self.weights
 
     def export(self, folder: Path, origin: dict[str, Any]) -> None:
-        """Write the final network as a seed and a mask, for :func:`load_network`."""
-        mask = (self.network() > 0).numpy()
-        description = {
+        """Write the final network, see :func:`save_network`."""
+        made = {
             **origin,
             "seed": self.seed,
             "level": self.config.initial_level,
             "bits": self.config.probability_bits,
-            "checksum": _checksum(self.model, mask),
         }
-        buffers = self.buffers.numpy().astype("<f4").tobytes()
-        parts = (pack_description(description), encode_bitmap(mask), buffers)
-        (folder / NETWORK_FILE).write_bytes(b"".join(parts))
+        mask = (self.network() > 0).numpy()
+        save_network(folder / NETWORK_FILE, made, self.model, mask, self.buffers)
 
     def method_state(self) -> dict[str, Any]:
         """Return the counts."""
@@ -466,114 +295,6 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
         """Take back what :meth:`method_state` returned."""
         self.masks = state.pop("masks")
         self.ones = as_arrays(state)["ones"]
-
-
-# ---- the final network --------------------------------------------------------------
-
-NETWORK_FILE = "network.mask"
-# What a description looks like: zlib then stores little but the differences, which
-# counts where a whole network takes some thousand bytes. A part of the format.
-_EXAMPLE = (
-    b'{"model":"conv4","input_shape":[3,32,32],"num_classes":10,"options":{"width":16},'
-    b'"seed":0,"level":51,"bits":8,"checksum":'
-)
-# No description is longer; a hostile file could claim gigabytes.
-_MOST_DESCRIPTION = 2**16
-
-
-def pack_description(description: dict[str, Any]) -> bytes:
-    """Write down what a network is made of, as short as can be.
-
-    Parameters
-    ----------
-    description : dict
-        What JSON can hold.
-
-    Returns
-    -------
-    bytes
-        A zlib stream, which knows its own end.
-    """
-    line = json.dumps(description, separators=(",", ":")).encode()
-    packer = zlib.compressobj(9, zdict=_EXAMPLE)
-    return packer.compress(line) + packer.flush()
-
-
-def unpack_description(data: bytes) -> tuple[Any, bytes]:
-    """Read what :func:`pack_description` has written.
-
-    Parameters
-    ----------
-    data : bytes
-        The file's.
-
-    Returns
-    -------
-    tuple
-        The description, and the bytes that follow it.
-
-    Raises
-    ------
-    zlib.error, ValueError
-        The bytes do not begin with a description.
-    """
-    unpacker = zlib.decompressobj(zdict=_EXAMPLE)
-    line = unpacker.decompress(data, _MOST_DESCRIPTION)
-    return json.loads(line), unpacker.unused_data
-
-
-def load_network(file: Path | str) -> nn.Module:
-    """Rebuild the network that a run has left behind.
-
-    Parameters
-    ----------
-    file : pathlib.Path or str
-        ``network.mask`` in the run's folder: a packed description with the seed
-        of the weights' signs, the coded mask, and what buffers the model has.
-
-    Returns
-    -------
-    torch.nn.Module
-        The network in evaluation mode, on the CPU. It maps inputs that are normalised
-        as the run's to the logits that the run measured.
-
-    Raises
-    ------
-    ConfigError
-        The file is missing or damaged, or another release draws other signs from the
-        seed.
-    """
-    try:
-        made, rest = unpack_description(Path(file).read_bytes())
-        shape, seed = tuple(made["input_shape"]), made["seed"]
-        name, options = made["model"], made["options"]
-        if made["bits"] not in _LEVELS:
-            raise ValueError(f"probabilities of {made['bits']} bits")
-        model = initial_model(name, shape, made["num_classes"], seed, **options)
-        model = masked(model, made["level"], made["bits"], seed)
-        mask, end = decode_bitmap(rest, 0, parameters_to_vector(model).numel())
-        if len(rest) - end != 4 * buffers_to_vector(model).numel():
-            raise ValueError(f"{len(rest)} bytes after its description")
-        if _checksum(model, mask) != made["checksum"]:
-            raise ValueError("other weights than were written")
-    except (
-        *(OSError, LookupError, TypeError, ValueError, RuntimeError),
-        *(AttributeError, ArithmeticError, zlib.error),
-    ) as error:
-        raise ConfigError(
-            "network", file, f"what FedPM has written ({error})"
-        ) from error
-    buffers = torch.from_numpy(np.frombuffer(rest, "<f4", offset=end).copy())
-    nn.utils.vector_to_parameters(certain_scores(mask), model.parameters())
-    vector_to_buffers(model, buffers)
-    return model.eval()
-
-
-def _checksum(model: nn.Module, mask: BoolVector) -> int:
-    """Return the CRC-32 of a masked model's remaining weights."""
-    kinds = (MaskedLinear, MaskedConv2d)
-    parts = [m.fixed.flatten() for m in model.modules() if isinstance(m, kinds)]
-    return vector_checksum(np.where(mask, torch.cat(parts).numpy(), np.float32(0)))
 
 
 # ---- the client's half --------------------------------------------------------------
@@ -601,7 +322,7 @@ class FedPMClient(SyncClient):
     def read_values(self, reader: Reader, length: int) -> FloatVector:
         """Take the levels of probabilities as scores."""
         bits = self.config.probability_bits
-        levels = reader.vector(length, _LEVELS[bits])
+        levels = reader.vector(length, LEVELS[bits])
         if not levels.all():
             raise WireError("a probability is 0")
         return score_table(bits)[levels]
