@@ -20,15 +20,8 @@ from torch.testing import assert_close
 from gwpf_baseline.learning.flat_model import layers, parameters_to_vector
 from gwpf_baseline.learning.training import TrainingConfig
 from gwpf_baseline.methods.shared.sparse import SparseUpload
-from gwpf_baseline.methods.zerofl import (
-    UPLOADS,
-    SparseConv2d,
-    SparseLinear,
-    ZeroFLConfig,
-    active,
-    adapt,
-    sent,
-)
+from gwpf_baseline.methods.shared.swat import SparseConv2d, SparseLinear, active
+from gwpf_baseline.methods.zerofl import UPLOADS, ZeroFLConfig, adapt, sent
 from gwpf_baseline.model import MODELS, build_model
 from gwpf_baseline.utils import ConfigError
 
