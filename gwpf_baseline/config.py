@@ -17,7 +17,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gwpf_baseline.dataset import TaskData, load_data, partition_indices
+from gwpf_baseline.data.task import TaskData
+from gwpf_baseline.dataset import load_data, partition_indices
 from gwpf_baseline.exchange.network import Network
 from gwpf_baseline.exchange.quantization import Quantization
 from gwpf_baseline.learning.server_optimizer import ServerOptimizerConfig

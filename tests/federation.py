@@ -38,7 +38,7 @@ from gwpf_baseline.config import (
     server_optimizer_config,
     workbench,
 )
-from gwpf_baseline.dataset import TaskData
+from gwpf_baseline.data.task import TaskData
 from gwpf_baseline.learning.client import ClientState, SyncClient, Task
 from gwpf_baseline.learning.flat_model import FlatModel, parameters_to_vector
 from gwpf_baseline.learning.training import Batches, StepHook, TrainingConfig

@@ -27,15 +27,14 @@ from PIL import Image
 
 from gwpf_baseline import dataset as module
 from gwpf_baseline.data import decoding, partitioning
-from gwpf_baseline.dataset import (
+from gwpf_baseline.data.settings import (
+    SOURCES,
     AudioSettings,
     ImageSettings,
-    TaskData,
     TextSettings,
-    load_data,
-    partition_indices,
-    prepare,
 )
+from gwpf_baseline.data.task import TaskData, prepare
+from gwpf_baseline.dataset import load_data, partition_indices
 from gwpf_baseline.utils import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -122,7 +121,7 @@ def test_dataset_configurations_hold_the_keys_of_their_kind_of_data() -> None:
         TextSettings: config("wikitext2").keys(),
     }
     for name in DATASETS:
-        assert config(name).keys() == keys[module.SOURCES[config(name).source]]
+        assert config(name).keys() == keys[SOURCES[config(name).source]]
         assert config(name).name == name
 
 
@@ -535,6 +534,23 @@ def test_concurrent_processes_agree(cache: Path) -> None:
     assert outputs[0] == outputs[1]
     assert outputs[0].startswith(b"1437 ")
     assert len(list(cache.iterdir())) == 1
+
+
+def test_who_finds_the_cache_waits_for_no_slow_import(cache: Path) -> None:
+    """A worker that maps data and partition loads no library that only makes them."""
+    program = (
+        "import sys\n"
+        "from omegaconf import OmegaConf\n"
+        "from gwpf_baseline.dataset import load_data, partition_indices\n"
+        "data = load_data(OmegaConf.load('conf/dataset/digits.yaml'))\n"
+        "partition_indices(data, OmegaConf.load('conf/partition/iid.yaml'), 3, 1)\n"
+        "slow = {'datasets', 'flwr_datasets', 'librosa', 'sklearn'}\n"
+        "print(sorted(slow & set(sys.modules)))"
+    )
+    partition_indices(load_data(config("digits")), scheme("iid"), 3, seed=1)
+    assert len(list(cache.glob("*/partition-*.npz"))) == 1
+    command = [sys.executable, "-c", program]
+    assert subprocess.check_output(command, cwd=REPOSITORY) == b"[]\n"
 
 
 # ---------------------------------------------------------------------- partitioning

@@ -9,7 +9,7 @@ import torch
 from federation import digits, small, small_net
 from numpy.testing import assert_array_equal
 
-from gwpf_baseline.dataset import TaskData
+from gwpf_baseline.data.task import TaskData
 from gwpf_baseline.learning import training
 from gwpf_baseline.learning.flat_model import FlatModel
 from gwpf_baseline.learning.training import Batches, TrainingConfig, evaluate, train

@@ -27,7 +27,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from soundfile import SoundFileError
 
-from gwpf_baseline.dataset import (
+from gwpf_baseline.data.settings import (
     FOLDERS,
     MEL_BANDS,
     AudioSettings,

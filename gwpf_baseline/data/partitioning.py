@@ -21,8 +21,10 @@ from flwr_datasets.partitioner import (
 )
 from numpy.typing import NDArray
 
-from gwpf_baseline.dataset import PARTITIONS, TaskData
+from gwpf_baseline.data.task import TaskData
 from gwpf_baseline.utils import ConfigError, derive_seed
+
+PARTITIONS = ("iid", "dirichlet", "pathological", "natural_id")
 
 
 def divide(

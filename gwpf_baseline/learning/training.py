@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from gwpf_baseline.dataset import TaskData, prepare
+from gwpf_baseline.data.task import TaskData, prepare
 from gwpf_baseline.learning.flat_model import FlatModel
 from gwpf_baseline.utils import ConfigError, derive_seed, is_number
 

@@ -1,0 +1,122 @@
+"""What a model sees: decoded examples, normalised and augmented a batch at a time."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+_CROP_PADDING = 4
+
+
+@dataclass(frozen=True, eq=False)
+class TaskData:
+    """A decoded dataset: what a model sees and what it is to answer.
+
+    Attributes
+    ----------
+    train_inputs : NDArray
+        Shape ``(N, ...)``, a read-only memory map: uint8 images ``(C, H, W)``, float16
+        features of recordings ``(1, T, F)``, or int32 tokens ``(T,)``.
+    train_targets : NDArray[np.int64]
+        Values in ``[0, num_classes)``, a read-only memory map: shape ``(N,)``, one for
+        each example, or ``(N, T)``, one for each token.
+    test_inputs, test_targets : NDArray
+        The same of the test set.
+    num_classes : int
+        Number of classes; of text, of words in the vocabulary.
+    mean, std : NDArray[np.float32] or None
+        Of the training inputs, those of images scaled to ``[0, 1]``, in a shape that
+        broadcasts against one example; no std is 0. None for tokens.
+    strata : NDArray[np.int64]
+        Shape ``(N,)``, what label-skewed partitions divide by: the class; of text, the
+        article.
+    natural_ids : NDArray[np.int64] or None
+        Shape ``(N,)``, which natural client (a writer, a speaker, an article) a
+        training example comes from, numbered in the sorted order of their names, or of
+        the text. (default: None)
+    folder : Path or None
+        The cache folder that holds the arrays. (default: None)
+    metric : str
+        What tells how good a model is: ``accuracy``, or for text ``perplexity``.
+        (default: accuracy)
+    """
+
+    train_inputs: NDArray[Any]
+    train_targets: NDArray[np.int64]
+    test_inputs: NDArray[Any]
+    test_targets: NDArray[np.int64]
+    num_classes: int
+    mean: NDArray[np.float32] | None
+    std: NDArray[np.float32] | None
+    strata: NDArray[np.int64]
+    natural_ids: NDArray[np.int64] | None = None
+    folder: Path | None = None
+    metric: str = "accuracy"
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one example."""
+        return self.train_inputs.shape[1:]
+
+
+def prepare(
+    inputs: torch.Tensor,
+    data: TaskData,
+    augment: bool = False,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Turn a batch of stored inputs into a model's input.
+
+    Parameters
+    ----------
+    inputs : torch.Tensor
+        uint8 images ``(B, C, H, W)``, float16 features or integer tokens, on any
+        device.
+    data : TaskData
+        The dataset, whose mean and standard deviation normalise the inputs.
+    augment : bool
+        Whether each image is first shifted by up to 4 pixels, zeros moving in, and
+        flipped horizontally half the time. (default: False)
+    generator : torch.Generator or None
+        A CPU generator for the augmentation's draws, which are thus the same on every
+        device; None is PyTorch's global one. (default: None)
+
+    Returns
+    -------
+    torch.Tensor
+        float32 in the same shape, on the device of ``inputs``; tokens as they are.
+    """
+    if augment:
+        inputs = _augment(inputs, generator)
+    if data.mean is None or data.std is None:
+        return inputs
+    mean, std = (
+        torch.tensor(values, device=inputs.device) for values in (data.mean, data.std)
+    )
+    values = inputs.to(torch.float32)
+    if inputs.dtype == torch.uint8:
+        values.div_(255)
+    return values.sub_(mean).div_(std)
+
+
+def _augment(images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """Crop at random from the zero-padded images, and flip half of them."""
+    batch, channels, height, width = images.shape
+    device, offsets = images.device, 2 * _CROP_PADDING + 1
+    top, left = torch.randint(offsets, (2, batch, 1), generator=generator).to(device)
+    flip = (torch.rand((batch, 1), generator=generator) < 0.5).to(device)
+    across = torch.arange(width, device=device)
+    rows = top + torch.arange(height, device=device)  # (B, H)
+    columns = left + torch.where(flip, across.flip(0), across)  # (B, W)
+    padded = functional.pad(images, [_CROP_PADDING] * 4)
+    # One gather for the whole batch: the four indices broadcast to (B, C, H, W).
+    return padded[
+        torch.arange(batch, device=device)[:, None, None, None],
+        torch.arange(channels, device=device)[:, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None, :],
+    ]
