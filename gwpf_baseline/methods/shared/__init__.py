@@ -1,1 +1,1 @@
-"""What methods share: measures of significance, stability, sparse uploads."""
+"""Mechanisms that methods are made of, each with a room of its own."""

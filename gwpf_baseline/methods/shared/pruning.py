@@ -1,4 +1,8 @@
-"""Which values of a vector are worth sending, by their magnitude."""
+"""Which values of a vector are worth sending: the largest, by threshold or by share.
+
+The mechanism of gradient pruning, after Aji, Heafield: Sparse Communication for
+Distributed Gradient Descent. EMNLP 2017. ZeroFL takes the share of its weights.
+"""
 
 import math
 from collections.abc import Iterable

@@ -1,7 +1,7 @@
 """Layers that compute and learn sparsely: SWAT.
 
 Raihan, Aamodt: Sparse Weight Activation Training. NeurIPS 2020. ZeroFL's clients train
-by it; equations 1 and 2 are those of ZeroFL's paper.
+by it.
 """
 
 from typing import Any
