@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.image import imread
 from rich.console import Console
@@ -174,6 +174,7 @@ RECORDS = st.builds(
 
 
 @given(record=RECORDS)
+@settings(deadline=None)
 def test_round_trips_are_exact(
     tmp_path_factory: pytest.TempPathFactory, record: RoundRecord
 ) -> None:

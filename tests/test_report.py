@@ -18,20 +18,11 @@ from omegaconf import OmegaConf
 from gwpf_baseline.config import compose_config
 from gwpf_baseline.records.history import COLUMNS, History, RoundRecord, read_history
 from gwpf_baseline.records.target import metric_of
-from gwpf_baseline.report.__main__ import (
-    average_curve,
-    first_reaching,
-    lay_out,
-    main,
-    summarise,
-)
-from gwpf_baseline.report.runs import (
-    Run,
-    check_comparable,
-    find_runs,
-    group_runs,
-    read_run,
-)
+from gwpf_baseline.report.__main__ import main
+from gwpf_baseline.report.groups import check_comparable, group_runs
+from gwpf_baseline.report.measures import average_curve, first_reaching, summarise
+from gwpf_baseline.report.runs import Run, find_runs, read_run
+from gwpf_baseline.report.tables import lay_out, write_cell
 
 FIGURES = {"metric_rounds.png", "metric_bytes.png", "metric_time.png", "frozen.png"}
 FIGURES |= {"bandwidth.png"}
@@ -62,6 +53,11 @@ def make_record(number: int, **changes: Any) -> RoundRecord:
         downlink_bits_per_parameter=32.0,
         csr_bytes=1500,
         mean_accuracy=0.5 + 0.01 * number,
+        uplink_value_bytes=600,
+        uplink_position_bytes=300,
+        uplink_overhead_bytes=100,
+        downlink_value_bytes=1500,
+        downlink_buffer_bytes=500,
     )
     return replace(record, **changes)
 
@@ -163,6 +159,7 @@ def test_what_is_read_of_a_run(tmp_path: Path) -> None:
         ("summary.json", "", "summary.json cannot be used (Expecting value"),
         ("summary.json", "[]", "its metric is None, not one of accuracy, perplexity"),
         ("summary.json", '{"metric": "bleu"}', "its metric is bleu"),
+        ("summary.json", '{"metric": "accuracy"}', "its parameters are None"),
         ("config.yaml", None, "has no config.yaml; "),
         ("config.yaml", "", "its method.name is null"),
         ("config.yaml", "- a\n- b", "it has no keys"),
@@ -212,6 +209,28 @@ def test_a_half_written_history(
     )
 
 
+def test_a_run_that_has_reached_its_end_early(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is finished if its last round is good enough, not if an earlier one was."""
+    reached = make_run(tmp_path / "0", num_rounds=9, stop_at=0.75)
+    assert len(read_run(reached).records) == 3
+    assert labels(reached, make_run(tmp_path / "1", seed=1, num_rounds=9, stop_at=0.7))
+    assert labels(reached) == ["gwpf"]
+    short = make_run(tmp_path / "2", num_rounds=9, stop_at=0.76)
+    assert "its history has 3 of 9 rounds" in refusal(capsys, short)
+    records = [*RECORDS, make_record(4, test_accuracy=None)]
+    late = make_run(tmp_path / "3", records=records, num_rounds=9, stop_at=0.5)
+    assert "its history has 4 of 9 rounds" in refusal(capsys, late)
+    language: dict[str, Any] = {"num_rounds": 9, "metric": "perplexity"}
+    assert read_run(make_run(tmp_path / "4", stop_at=1.4, **language))
+    assert "3 of 9" in refusal(
+        capsys, make_run(tmp_path / "5", stop_at=1.3, **language)
+    )
+    damaged = make_run(tmp_path / "6", num_rounds=9, stop_at="soon")
+    assert "its stop_at is soon" in refusal(capsys, damaged)
+
+
 def test_a_folder_without_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,13 +273,49 @@ def test_labels_name_what_differs(tmp_path: Path) -> None:
         make_run(tmp_path / "4", "method=gwpf_paper"),
         make_run(tmp_path / "5", "method=gwpf_paper", local_epochs=1, lr=1),
     ) == [
-        "fedavg local_steps=5 lr=0.05",
-        "fedavg local_steps=20 lr=0.05",
-        "gwpf thaw_budget=0.02 local_steps=5 lr=0.05",
-        "gwpf thaw_budget=0.1 local_steps=5 lr=0.05",
-        "gwpf_paper local_steps=5 lr=0.05",
-        "gwpf_paper local_steps=5 local_epochs=1 lr=1",
+        "fedavg",
+        "fedavg local_steps=20",
+        "gwpf",
+        "gwpf thaw_budget=0.1",
+        "gwpf_paper",
+        "gwpf_paper local_epochs=1 lr=1",
     ]
+
+
+def test_defaults_are_named_only_to_tell_runs_apart(tmp_path: Path) -> None:
+    """A value that is not set is never named, so that here the default has to be."""
+    adagrad = "server_optimizer=fedadagrad"
+    assert labels(
+        make_run(tmp_path / "0"),
+        make_run(tmp_path / "1", local_steps=None),
+        make_run(tmp_path / "2", adagrad),
+        make_run(tmp_path / "3", adagrad, server_optimizer__lr=0.5),
+        make_run(tmp_path / "4", "method=gwpf_paper"),
+    ) == [
+        "gwpf local_steps=5",
+        "gwpf",
+        "gwpf server_optimizer=fedadagrad",
+        "gwpf server_optimizer=fedadagrad server_optimizer.lr=0.5",
+        "gwpf_paper",
+    ]
+
+
+def test_defaults_are_those_of_the_method(tmp_path: Path) -> None:
+    """Each has its own in its own file; what all runs share is never named."""
+    assert labels(
+        make_run(tmp_path / "0", method__thaw_budget=0.5, lr=1),
+        make_run(tmp_path / "1", "method=gwpf_paper", lr=1),
+        make_run(tmp_path / "2", "method=gwpf_paper", method__thaw_quorum=0.5, lr=1),
+    ) == ["gwpf", "gwpf_paper", "gwpf_paper thaw_quorum=0.5"]
+
+
+def test_runs_of_a_method_that_is_no_more(tmp_path: Path) -> None:
+    """Nobody knows its defaults, so everything that differs is named."""
+    old = {"name": "old"}
+    assert labels(
+        make_run(tmp_path / "0", method=old),
+        make_run(tmp_path / "1", method=old, lr=1),
+    ) == ["old lr=0.05", "old lr=1"]
 
 
 def test_alternatives_with_a_name_are_labelled_by_it(tmp_path: Path) -> None:
@@ -392,7 +447,7 @@ def column_of(folder: Path, name: str) -> list[float]:
 def expected_row(method: str, folders: list[Path], target: float) -> dict[str, Any]:
     """Calculate a row the slow way: a list of numbers for everything."""
     finals, bests, ups, downs, ratios, frozen, compute = [], [], [], [], [], [], []
-    rounds, sent, modelled, csr, bits = [], [], [], [], []
+    rounds, sent, modelled, csr, bits, lasts = [], [], [], [], [], []
     for folder in folders:
         accuracies = column_of(folder, "test_accuracy")
         finals.append(accuracies[-1])
@@ -407,6 +462,7 @@ def expected_row(method: str, folders: list[Path], target: float) -> dict[str, A
         bits.append(statistics.mean(column_of(folder, "uplink_bits_per_parameter")))
         shares = column_of(folder, "frozen_fraction")
         frozen += [statistics.mean(shares)] if shares else []
+        lasts += shares[-1:]
         with open(folder / "history.csv", newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 if row["test_accuracy"] and float(row["test_accuracy"]) >= target:
@@ -431,8 +487,10 @@ def expected_row(method: str, folders: list[Path], target: float) -> dict[str, A
         "best_accuracy": sum(bests) / 3,
         "total_uplink_bytes": sum(ups) / 3,
         "total_downlink_bytes": sum(downs) / 3,
+        "total_bytes": (sum(ups) + sum(downs)) / 3,
         "traffic_ratio": sum(ratios) / 3,
         "frozen_fraction": sum(frozen) / 3 if frozen else None,
+        "last_frozen_fraction": sum(lasts) / 3 if lasts else None,
         "compute_seconds": sum(compute) / 3,
         "compute_overhead": sum(compute) / 3 / fedavg - 1,
         "modelled_seconds": 8.0,
@@ -440,6 +498,15 @@ def expected_row(method: str, folders: list[Path], target: float) -> dict[str, A
         "downlink_bits_per_parameter": 32.0,
         "total_csr_bytes": sum(csr) / 3,
         "final_mean_accuracy": means[-1],
+        "mask_bits_per_parameter": None,
+        "uplink_value_share": 0.6,
+        "uplink_position_share": 0.3,
+        "uplink_buffer_share": 0.0,
+        "uplink_overhead_share": 0.1,
+        "downlink_value_share": 0.75,
+        "downlink_position_share": 0.0,
+        "downlink_buffer_share": 0.25,
+        "downlink_overhead_share": 0.0,
         "target": target,
         "reached": len(rounds),
         "rounds_to_target": sum(rounds) / len(rounds) if rounds else None,
@@ -575,7 +642,8 @@ def test_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["label"] for row in rows] == ["fedavg", "gwpf"]
     runs = [read_run(folder) for folder in find_runs([tmp_path / "runs"])]
     for row, calculated in zip(rows, summarise(group_runs(runs), 0.85), strict=True):
-        assert row == {k: "" if v is None else str(v) for k, v in calculated.items()}
+        assert row == {k: "" if (v := calculated[k]) is None else str(v) for k in row}
+        assert all(v is None for k, v in calculated.items() if k not in row)
 
     text = (output / "report.md").read_text(encoding="utf-8")
     assert (
@@ -607,7 +675,7 @@ def test_what_no_run_has_is_left_out(
     report(full, "--target", "0.4", "--output", output)
     assert FIGURES <= set(os.listdir(output))
 
-    lacking = dict.fromkeys(
+    lacking: dict[str, int | None] = dict.fromkeys(
         (
             "compute_seconds",
             "modelled_seconds",
@@ -617,6 +685,9 @@ def test_what_no_run_has_is_left_out(
             "mean_accuracy",
         )
     )
+    for way in ("uplink", "downlink"):
+        for part in ("value", "position", "buffer", "overhead"):
+            lacking[f"{way}_{part}_bytes"] = 0
     run = make_run(tmp_path / "lacking", records=[make_record(1, **lacking)])
     report(run, "--output", output)
     (row,) = table(output)
@@ -627,6 +698,7 @@ def test_what_no_run_has_is_left_out(
         "best_accuracy",
         "total_uplink_bytes",
         "total_downlink_bytes",
+        "total_bytes",
         "traffic_ratio",
     ]
     assert FIGURES & set(os.listdir(output)) == {
@@ -636,6 +708,7 @@ def test_what_no_run_has_is_left_out(
     text = (output / "report.md").read_text()
     assert "0.5000 ± –" in text
     assert "## Cost" not in text
+    assert "## Where bytes go" not in text
     assert "frozen.png" not in text
     capsys.readouterr()
 
@@ -707,6 +780,56 @@ def test_figures_of_many_groups_and_of_single_points(
     rows = [line.replace("\\|", "") for line in lines if line.startswith("| `")]
     assert len({row.count("|") for row in rows[:10]}) == 1
     assert {row.count("`") for row in rows} == {2}
+
+
+def test_where_bytes_go(tmp_path: Path) -> None:
+    """Of the bytes of all rounds and seeds, not of each round by itself."""
+    records = [
+        make_record(1),
+        make_record(2, uplink_value_bytes=0, uplink_position_bytes=0),
+    ]
+    run = read_run(make_run(tmp_path, records=records))
+    (section,) = [
+        section
+        for section in lay_out(summarise({"gwpf": [run]}), "accuracy")
+        if section.title == "Where bytes go"
+    ]
+    assert dict(zip(section.head[1:], section.rows[0][1:], strict=True)) == {
+        "up value": "54.5%",
+        "up position": "27.3%",
+        "up buffer": "0.0%",
+        "up overhead": "18.2%",
+        "down value": "75.0%",
+        "down position": "0.0%",
+        "down buffer": "25.0%",
+        "down overhead": "0.0%",
+    }
+
+
+def test_columns_that_compare_with_the_first_row(tmp_path: Path) -> None:
+    """Bytes relative to it, and how often any number goes into its own."""
+    fewer = {"cumulative_uplink_bytes": 500, "cumulative_downlink_bytes": 1000}
+    groups = {
+        "all": [read_run(make_run(tmp_path / "0", records=[make_record(1)]))],
+        "half": [read_run(make_run(tmp_path / "1", records=[make_record(1, **fewer)]))],
+    }
+    first, row = summarise(groups, 0.5)
+    assert write_cell(row, first, "to first") == "0.500"
+    assert write_cell(row, first, "× fewer MB up") == "2.0"
+    assert write_cell(row, first, "× fewer MB to target") == "2.0"
+    assert write_cell(row, first, "× fewer") == "8.0"
+    assert write_cell(row, first, "× fewer mean frozen") == "–"
+    with pytest.raises(KeyError):
+        write_cell(row, first, "MB sideways")
+
+
+def test_the_size_of_a_network_that_is_left_behind(tmp_path: Path) -> None:
+    """In bits for each of its 50 parameters."""
+    run = make_run(tmp_path)
+    (run / "network.mask").write_bytes(bytes(6))
+    (row,) = summarise({"fedpm": [read_run(run)]})
+    assert row["mask_bits_per_parameter"] == pytest.approx(0.96)
+    assert write_cell(row, row, "file bits") == "0.960"
 
 
 def test_the_tables_show_no_digit_too_few(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Finished runs: found, read, checked, and put into groups."""
+"""Finished runs: found, read and checked."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -10,12 +10,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from gwpf_baseline.config import RESUMABLE
 from gwpf_baseline.records.history import METRICS, RoundRecord, read_history
+from gwpf_baseline.records.target import metric_of, reaches
+from gwpf_baseline.utils import is_number
 
-# Where the same data lies, and what changes nothing in a run or what is averaged over.
-_PLACES = {"dataset.path", "dataset.cache_dir"}
-_UNLABELLED = RESUMABLE | _PLACES | {"seed", "eval_every"}
+# Where the same data lies.
+PLACES = {"dataset.path", "dataset.cache_dir"}
 # What every run of a report must have in common, as key or as the group of a key.
 _TASK = {"dataset", "partition", "model", "num_clients"}
 _RUN_FILES = ("summary.json", "config.yaml", "history.csv")
@@ -40,12 +40,16 @@ class Run:
         What it is measured by.
     records : list of RoundRecord
         Its rounds; there is at least one.
+    mask_bits : float, optional
+        Bits for each parameter of the file in which FedPM leaves its network, None if
+        there is none.
     """
 
     folder: Path
     config: dict[str, Any]
     metric: str
     records: list[RoundRecord]
+    mask_bits: float | None = None
 
     @property
     def task(self) -> dict[str, Any]:
@@ -53,12 +57,9 @@ class Run:
         task = {
             key: value
             for key, value in self.config.items()
-            if key.partition(".")[0] in _TASK and key not in _PLACES
+            if key.partition(".")[0] in _TASK and key not in PLACES
         }
         return {**task, "metric": self.metric}
-
-
-# ---- reading ------------------------------------------------------------------------
 
 
 def find_runs(folders: Iterable[Path]) -> list[Path]:
@@ -123,17 +124,30 @@ def read_run(folder: Path) -> Run:
     ReportError
         A run that was not finished, or a file of it that is missing or damaged.
     """
-    metric = _read(_read_metric, folder / "summary.json")
+    metric, parameters = _read(_read_summary, folder / "summary.json")
     config = _read(_read_config, folder / "config.yaml")
     records = _read(lambda file: read_history(file.parent), folder / "history.csv")
     # The summary may be that of an earlier run in the same folder.
     done = records[-1].round if records else 0
-    if done != config["num_rounds"]:
+    if done != config["num_rounds"] and not _stopped(config, metric, records):
         raise ReportError(
             f"{folder}: not finished, its history has {done} of "
             f"{config['num_rounds']} rounds; resume it, {_MEND}"
         )
-    return Run(folder, config, metric, records)
+    network = folder / "network.mask"
+    size = network.stat().st_size if network.is_file() else None
+    mask_bits = 8 * size / parameters if size else None
+    return Run(folder, config, metric, records, mask_bits)
+
+
+def _stopped(
+    config: dict[str, Any], metric: str, records: Sequence[RoundRecord]
+) -> bool:
+    """Tell whether a run has ended before its last round, where it was to."""
+    stop_at = config.get("stop_at")
+    if stop_at is None or not records:
+        return False
+    return reaches(metric_of(records[-1], metric), stop_at, metric)
 
 
 def _read(reader: Callable[[Path], Any], file: Path) -> Any:
@@ -153,12 +167,15 @@ def _read(reader: Callable[[Path], Any], file: Path) -> Any:
         ) from error
 
 
-def _read_metric(file: Path) -> str:
+def _read_summary(file: Path) -> tuple[str, int]:
     summary = json.loads(file.read_text(encoding="utf-8"))
-    metric = summary.get("metric") if isinstance(summary, dict) else None
+    summary = summary if isinstance(summary, dict) else {}
+    metric, parameters = summary.get("metric"), summary.get("parameters")
     if metric not in METRICS:
         raise ValueError(f"its metric is {metric}, not one of {', '.join(METRICS)}")
-    return metric
+    if not isinstance(parameters, int) or parameters < 1:
+        raise ValueError(f"its parameters are {parameters}")
+    return metric, parameters
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -169,6 +186,9 @@ def _read_config(file: Path) -> dict[str, Any]:
     for key, kind in (("method.name", str), ("seed", int), ("num_rounds", int)):
         if not isinstance(config.get(key), kind):
             raise ValueError(f"its {key} is {text_of(config.get(key))}")
+    stop_at = config.get("stop_at")
+    if stop_at is not None and not is_number(stop_at):
+        raise ValueError(f"its stop_at is {text_of(stop_at)}")
     return config
 
 
@@ -194,99 +214,6 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
             flatten(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
         )
     return flat
-
-
-# ---- grouping -----------------------------------------------------------------------
-
-
-def check_comparable(runs: Sequence[Run]) -> None:
-    """Check that all runs had the same data, clients and model.
-
-    Parameters
-    ----------
-    runs : sequence of Run
-        At least one.
-
-    Raises
-    ------
-    ReportError
-        Two runs that had not; it names them and the first key that differs.
-    """
-    first = runs[0]
-    for run in runs:
-        for key in first.task | run.task:
-            one, other = first.task.get(key), run.task.get(key)
-            if one != other:
-                raise ReportError(
-                    f"{key} is {text_of(one)} in {first.folder}, but "
-                    f"{text_of(other)} in {run.folder}; report them apart"
-                )
-
-
-def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Put runs together that differ in their seeds only.
-
-    Parameters
-    ----------
-    runs : sequence of Run
-        At least one.
-
-    Returns
-    -------
-    dict of str to list of Run
-        The groups in the order of their first runs. A label is the method's name and
-        what the groups differ in, as ``key=value``.
-
-    Raises
-    ------
-    ReportError
-        Two runs with the same seed in a group.
-    """
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(_label(run, runs), []).append(run)
-    labelled: dict[str, list[Run]] = {}
-    for label, group in groups.items():
-        lengths = {run.config["num_rounds"] for run in group}
-        for run in group:
-            # An average of a long run and a short one would be that of neither.
-            length = f" num_rounds={run.config['num_rounds']}"
-            full = label + length if len(lengths) > 1 else label
-            labelled.setdefault(full, []).append(run)
-    for label, group in labelled.items():
-        seen: dict[int, Run] = {}
-        for run in group:
-            twin = seen.setdefault(run.config["seed"], run)
-            if twin is not run:
-                raise ReportError(
-                    f"{twin.folder} and {run.folder} are both {label} with seed "
-                    f"{run.config['seed']}; leave one out"
-                )
-    return labelled
-
-
-def _label(run: Run, runs: Sequence[Run]) -> str:
-    """Name the method and whatever else distinguishes a run."""
-    parts = [run.config["method.name"]]
-    # The method's own keys first.
-    for key in sorted(run.config, key=lambda key: not key.startswith("method.")):
-        group, _, leaf = key.partition(".")
-        value = run.config[key]
-        # What is not set needs no mention: the runs in which it is set mention it.
-        if key in _UNLABELLED or key == "method.name" or value is None:
-            continue
-        name = f"{group}.name"
-        # The hyper-parameters of another method, or of any other alternative with a
-        # name, say nothing: the name does.
-        peers = [
-            peer
-            for peer in runs
-            if leaf == "name" or peer.config.get(name) == run.config.get(name)
-        ]
-        if any(peer.config.get(key) != value for peer in peers):
-            short = group if leaf == "name" else key.removeprefix("method.")
-            parts.append(f"{short}={text_of(value)}")
-    return " ".join(parts)
 
 
 def text_of(value: Any) -> str:

@@ -1,0 +1,237 @@
+"""The figures of a report."""
+
+import textwrap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import (
+    EngFormatter,
+    Formatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    StrMethodFormatter,
+)
+
+from gwpf_baseline.records.history import RoundRecord
+from gwpf_baseline.records.plots import draw, label_rounds
+from gwpf_baseline.records.target import metric_of
+from gwpf_baseline.report.measures import Axis, Curve, Groups, average_curve, traffic
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, with grey instead of
+# their yellow, which is hard to see on white. The line styles are a second help.
+_COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#808080",
+)
+_LINES = ("-", "--", "-.", ":")
+_PLAIN = StrMethodFormatter("{x:,g}")
+
+
+class _XAxis(NamedTuple):
+    of: Axis
+    label: str
+    units: Formatter | None = None  # logarithmic if there are any
+
+
+class Kind(NamedTuple):
+    """A kind of figure.
+
+    Parameters
+    ----------
+    x : tuple
+        What of a round is drawn along the x axis, its label and its units.
+    y : callable
+        What of a round is drawn, given the record and the metric of the runs.
+    y_label : str
+        Its label; ``{metric}`` stands for what the runs are measured by.
+    """
+
+    x: _XAxis
+    y: Callable[[RoundRecord, str], float | None]
+    y_label: str
+
+
+def _frozen(record: RoundRecord, _: str) -> float | None:
+    return record.frozen_fraction
+
+
+def _bits(record: RoundRecord, _: str) -> float | None:
+    both = (record.uplink_bits_per_parameter, record.downlink_bits_per_parameter)
+    return sum(value or 0.0 for value in both) or None
+
+
+# A logarithm has no place for nothing sent, nor for no time.
+_ROUNDS = _XAxis(lambda record: record.round, "round")
+_BYTES = _XAxis(
+    lambda record: traffic(record) or None,
+    "bytes sent so far, both ways",
+    EngFormatter("B"),
+)
+_TIME = _XAxis(
+    lambda record: record.modelled_seconds or None,
+    "modelled time so far in seconds",
+    _PLAIN,
+)
+FIGURES = {
+    "metric_rounds": Kind(_ROUNDS, metric_of, "test {metric}"),
+    "metric_bytes": Kind(_BYTES, metric_of, "test {metric}"),
+    "metric_time": Kind(_TIME, metric_of, "test {metric}"),
+    "frozen": Kind(_ROUNDS, _frozen, "frozen share of the parameters"),
+    "bandwidth": Kind(_ROUNDS, _bits, "bits a parameter and round, both ways"),
+}
+
+
+def draw_figures(groups: Groups, target: float | None, folder: Path) -> list[str]:
+    """Draw each figure for which there is anything to draw.
+
+    Parameters
+    ----------
+    groups : mapping of str to sequence of Run
+        As of `group_runs`.
+    target : float, optional
+        Is marked, if given.
+    folder : pathlib.Path
+        Where to write the files; figures of an earlier report that are not drawn again
+        are removed.
+
+    Returns
+    -------
+    list of str
+        The files' names.
+    """
+    files = {name: folder / f"{name}.png" for name in FIGURES}
+    for file in files.values():
+        file.unlink(missing_ok=True)
+    return [
+        file.name
+        for name, file in files.items()
+        if draw_figure(name, groups, target, file)
+    ]
+
+
+def draw_figure(name: str, groups: Groups, target: float | None, file: Path) -> bool:
+    """Draw a figure, a line a group.
+
+    Parameters
+    ----------
+    name : str
+        One of `FIGURES`.
+    groups : mapping of str to sequence of Run
+        Each group under its name in the legend.
+    target : float, optional
+        Is marked, if given, where the figure shows what the runs are measured by.
+    file : pathlib.Path
+        Where to write it.
+
+    Returns
+    -------
+    bool
+        Whether there was anything to draw; if not, no file is written.
+    """
+    kind = FIGURES[name]
+    metric = next(iter(groups.values()))[0].metric
+    curves = {
+        label: average_curve(group, kind.x.of, lambda record: kind.y(record, metric))
+        for label, group in groups.items()
+    }
+    if not any(curve.x for curve in curves.values()):
+        return False
+    figure = Figure(layout="constrained")
+    axes = figure.add_subplot()
+    _draw_curves(axes, curves)
+    axes.set_ylabel(kind.y_label.format(metric=metric))
+    if name == "frozen":
+        axes.set_ylim(-0.02, 1.02)
+    elif name == "bandwidth":
+        _make_logarithmic(axes, "y", _PLAIN)
+    else:
+        if target is not None:
+            axes.axhline(target, color="0.5", linewidth=0.8, label="target")
+        if metric == "perplexity":
+            _make_logarithmic(axes, "y", _PLAIN)
+    if kind.x.units is None:
+        label_rounds(axes)
+    else:
+        axes.set_xlabel(kind.x.label)
+        _make_logarithmic(axes, "x", kind.x.units)
+    _add_legend(figure)
+    figure.savefig(file, dpi=150)
+    return True
+
+
+def caption(name: str, metric: str) -> str:
+    """Return in words what a figure shows.
+
+    Parameters
+    ----------
+    name : str
+        One of `FIGURES`.
+    metric : {"accuracy", "perplexity"}
+        What the runs are measured by.
+
+    Returns
+    -------
+    str
+        Such as ``"test accuracy over bytes sent so far, both ways"``.
+    """
+    kind = FIGURES[name]
+    return f"{kind.y_label.format(metric=metric)} over {kind.x.label}"
+
+
+def _draw_curves(axes: Axes, curves: Mapping[str, Curve]) -> None:
+    """Draw a line a group, which looks the same in every figure, and their ranges."""
+    for number, (label, curve) in enumerate(curves.items()):
+        if not curve.x:
+            continue
+        colour = _COLOURS[number % len(_COLOURS)]
+        # The ninth group has the first one's colour, but not its style.
+        line = _LINES[(number + number // len(_COLOURS)) % len(_LINES)]
+        draw(axes, curve.x, curve.mean, line, label, color=colour)
+        if curve.low != curve.high:
+            axes.fill_between(
+                curve.x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0
+            )
+
+
+def _make_logarithmic(axes: Axes, name: str, units: Formatter) -> None:
+    """Scale an axis, with as many labels as have room and no fewer than two."""
+    axes.set(**{f"{name}scale": "log"})
+    low, high = axes.get_xlim() if name == "x" else axes.get_ylim()
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    if high < 10 * low:
+        axis.set_major_locator(MaxNLocator(6))
+    else:
+        axis.set_major_locator(
+            LogLocator(subs=(1, 2, 5) if high < 200 * low else (1, 3))
+        )
+    axis.set_major_formatter(units)
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _add_legend(figure: Figure) -> None:
+    """Name the lines under the axes, in a figure tall enough for both."""
+    lines, labels = figure.axes[0].get_legend_handles_labels()
+    # A value such as 1e-05 is not broken at its hyphen.
+    labels = [textwrap.fill(label, 80, break_on_hyphens=False) for label in labels]
+    columns = 2 if max(map(len, labels)) <= 36 else 1
+    rows = sum(1 + label.count("\n") for label in labels) / columns
+    figure.set_size_inches(7, 3.8 + 0.2 * rows)
+    figure.legend(
+        lines,
+        labels,
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize=9,
+        handlelength=3,
+    )
