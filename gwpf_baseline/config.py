@@ -17,6 +17,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from gwpf_baseline.data.settings import SOURCES
 from gwpf_baseline.data.task import TaskData
 from gwpf_baseline.dataset import load_data, partition_indices
 from gwpf_baseline.exchange.network import Network
@@ -25,6 +26,7 @@ from gwpf_baseline.learning.server_optimizer import ServerOptimizerConfig
 from gwpf_baseline.learning.training import TrainingConfig
 from gwpf_baseline.methods import Method, load_method
 from gwpf_baseline.model import initial_model
+from gwpf_baseline.records.target import check_target
 from gwpf_baseline.utils import ConfigError, is_number
 
 WEIGHTINGS = ("uniform", "examples")
@@ -33,6 +35,7 @@ _BUILDING = threading.Lock()
 RESUMABLE = {
     "resume",
     "num_rounds",
+    "stop_at",
     "checkpoint_every",
     "client_resources",
     "client_resources.num_cpus",
@@ -184,6 +187,8 @@ def checked(cfg: DictConfig) -> DictConfig:
         raise ConfigError("weighting", cfg.weighting, f"one of {', '.join(WEIGHTINGS)}")
     if not isinstance(cfg.verbose, bool):
         raise ConfigError("verbose", cfg.verbose, "true or false")
+    if cfg.stop_at is not None and cfg.dataset.source in SOURCES:
+        check_target("stop_at", cfg.stop_at, SOURCES[cfg.dataset.source].metric)
     _check_resources(cfg)
     network_config(cfg)
     quantization_config(cfg)

@@ -24,10 +24,16 @@ from gwpf_baseline.config import (
 )
 from gwpf_baseline.learning.flat_model import FlatModel, to_ndarrays
 from gwpf_baseline.learning.training import evaluate
+from gwpf_baseline.records.callbacks import (
+    Checkpoints,
+    Evaluation,
+    OnRound,
+    StopAt,
+)
 from gwpf_baseline.records.checkpoint import CheckpointFolder
-from gwpf_baseline.records.history import Display, History, RoundRecord, closing_table
+from gwpf_baseline.records.history import Display, History, closing_table
 from gwpf_baseline.records.plots import plot_history
-from gwpf_baseline.strategy import SyncStrategy
+from gwpf_baseline.strategy import Callback, SyncStrategy
 from gwpf_baseline.utils import ConfigError, pick_device, run_folder
 
 log = logging.getLogger(__name__)
@@ -89,11 +95,15 @@ def run_server(
     history = History(folder)
     metric = bench.data.metric
     display = Display(cfg.num_rounds, console, metric)
-
-    def on_round(record: RoundRecord) -> None:
-        history.add(record)
-        display.update(record)
-
+    callbacks: list[Callback] = [
+        Evaluation(Evaluator(cfg, bench)),
+        OnRound(history.add),
+        OnRound(display.update),
+    ]
+    if cfg.checkpoint_every:
+        callbacks.append(Checkpoints(CheckpointFolder(folder), cfg.checkpoint_every))
+    if cfg.stop_at is not None:
+        callbacks.append(StopAt(cfg.stop_at, metric))
     strategy: SyncStrategy = bench.method.strategy(
         bench.model,
         config=bench.method_config,
@@ -104,13 +114,10 @@ def run_server(
         server_optimizer=server_optimizer_config(cfg),
         quantization=quantization_config(cfg),
         network=network_config(cfg),
-        on_round=on_round,
+        callbacks=callbacks,
         connect_timeout=cfg.connect_timeout,
         round_timeout=cfg.round_timeout,
-        checkpoints=CheckpointFolder(folder),
-        checkpoint_every=cfg.checkpoint_every,
     )
-    strategy.evaluate_fn = Evaluator(cfg, bench)
     if cfg.resume:
         strategy.load_state(CheckpointFolder(cfg.resume).server_state())
         history.restore(strategy.records)
@@ -160,7 +167,7 @@ def save_model(strategy: SyncStrategy, file: Path) -> None:
     file : pathlib.Path
         A safetensors file; ``model.load_state_dict(load_file(file))`` reads it.
     """
-    arrays = to_ndarrays(strategy.model, strategy.network(), strategy.buffers)
+    arrays = to_ndarrays(strategy.model, strategy.measured_weights(), strategy.buffers)
     names = strategy.model.state_dict().keys()
     tensors = {
         name: torch.from_numpy(array).clone()

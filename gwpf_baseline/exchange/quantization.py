@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gwpf_baseline.exchange.payload import Reader, WireError, Writer
+from gwpf_baseline.exchange.coding import WireError
+from gwpf_baseline.exchange.payload import Reader, Writer
 from gwpf_baseline.utils import ConfigError, FloatVector, is_number
 
 # The signed integers that updates are rounded to.
@@ -45,9 +46,14 @@ class Quantization:
             raise ConfigError("quantization.fp16", self.fp16, "true or false")
 
     @property
-    def exact(self) -> bool:
+    def exact_model(self) -> bool:
         """Whether clients hold the global model to the bit."""
         return not self.fp16
+
+    @property
+    def exact_updates(self) -> bool:
+        """Whether the server gets what clients have learned to the bit."""
+        return self.bits == 32 and not self.fp16
 
     def write_values(self, writer: Writer, values: FloatVector) -> None:
         """Write a model's values.
@@ -59,9 +65,7 @@ class Quantization:
         values : numpy.ndarray
             float32 ``(k,)``; half precision cuts them off at 65504.
         """
-        if self.fp16:
-            values = np.clip(values, -_HALF_MAX, _HALF_MAX).astype(_HALF)
-        writer.vector(values)
+        writer.vector(_halved(values) if self.fp16 else values)
 
     def read_values(self, reader: Reader, length: int) -> FloatVector:
         """Take what :meth:`write_values` wrote, float32 ``(length,)``."""
@@ -71,7 +75,7 @@ class Quantization:
 
     def write_update(
         self, writer: Writer, values: FloatVector, counts: Sequence[int], seed: int
-    ) -> None:
+    ) -> FloatVector:
         """Write an update's values.
 
         Parameters
@@ -84,13 +88,19 @@ class Quantization:
             How many of them belong to each tensor, in order.
         seed : int
             Of the rounding.
+
+        Returns
+        -------
+        numpy.ndarray
+            float32 ``(k,)``, what :meth:`read_update` will make of it.
         """
         if self.bits == 32:
             self.write_values(writer, values)
-            return
+            return values if not self.fp16 else _halved(values).astype(np.float32)
         levels, steps = quantize(values, counts, self.bits, seed)
         writer.vector(steps)
         writer.vector(levels)
+        return dequantize(levels, steps, counts)
 
     def read_update(self, reader: Reader, counts: Sequence[int]) -> FloatVector:
         """Take what :meth:`write_update` wrote, float32 ``(sum(counts),)``.
@@ -108,6 +118,10 @@ class Quantization:
         if np.abs(steps).max(initial=0) > limit:
             raise WireError(f"a step of quantisation is larger than {limit:.3g}")
         return dequantize(levels, steps, counts)
+
+
+def _halved(values: FloatVector) -> np.ndarray:
+    return np.clip(values, -_HALF_MAX, _HALF_MAX).astype(_HALF)
 
 
 def quantize(

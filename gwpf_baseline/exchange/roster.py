@@ -1,9 +1,8 @@
-"""Who the clients are, which of them are there, and what each of them holds."""
+"""Who the clients are, and which of them are there."""
 
 import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 from flwr.common import GetPropertiesIns, Scalar
@@ -15,23 +14,6 @@ from gwpf_baseline.utils import ConfigError, derive_seed
 log = logging.getLogger(__name__)
 
 _MAX_THREADS = 64
-
-
-@dataclass
-class ClientRecord:
-    """What the server knows of one client.
-
-    Parameters
-    ----------
-    version : int
-        The model version that the client confirmed to hold: an exchange's number, 0
-        for the initial weights, -1 for none.
-    accepted : int, default 0
-        The last exchange whose upload was used.
-    """
-
-    version: int
-    accepted: int = 0
 
 
 class Roster:
@@ -51,11 +33,6 @@ class Roster:
         Seconds to wait for `num_clients` nodes.
     answer_timeout : float or None
         Seconds to wait for a client's answer, None for no limit.
-
-    Attributes
-    ----------
-    records : dict of int to ClientRecord
-        What each client that was ever seen holds.
     """
 
     def __init__(
@@ -71,7 +48,6 @@ class Roster:
         self.seed = seed
         self.connect_timeout = connect_timeout
         self.answer_timeout = answer_timeout
-        self.records: dict[int, ClientRecord] = {}
         self._proxies: dict[int, ClientProxy] = {}
         self._clients: dict[str, int] = {}
 
@@ -142,7 +118,6 @@ class Roster:
                 log.warning("node %s also claims partition %d: left out", cid, client)
                 continue
             self._proxies[client] = connected[cid]
-            self.records.setdefault(client, ClientRecord(version=0))
 
     def _ask(
         self, proxies: Iterable[ClientProxy], config: dict[str, Scalar]

@@ -1,33 +1,38 @@
-"""What every method's Flower client shares: its state, following the model, training.
+"""What every method's Flower client shares: following the model, training, answering.
 
-A client's state lives in Flower's ``Context.state`` and nowhere else, so it does not
-matter which process runs it next.
+A method adds what it sends of what was learned; the model's changes, what was not sent,
+what got lost on its way, and the rounding of what was sent are looked after here.
 """
 
 import time
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.client import NumPyClient
+from flwr.client import Client, NumPyClient
 from flwr.common import (
-    Array,
-    ArrayRecord,
+    Code,
     Config,
-    ConfigRecord,
     Context,
+    FitIns,
+    FitRes,
+    GetPropertiesIns,
+    GetPropertiesRes,
     NDArrays,
     Scalar,
+    Status,
 )
 
+from gwpf_baseline.exchange.coding import WireError
+from gwpf_baseline.exchange.header import Header, Kind
 from gwpf_baseline.exchange.payload import (
-    Header,
-    Kind,
+    Part,
     Reader,
-    WireError,
     Writer,
+    from_parameters,
+    to_parameters,
     vector_checksum,
 )
 from gwpf_baseline.exchange.quantization import Quantization
@@ -39,6 +44,7 @@ from gwpf_baseline.learning.flat_model import (
     sent_buffers,
     values_per_layer,
 )
+from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.learning.training import Batches, StepHook, TrainingConfig, train
 from gwpf_baseline.records.checkpoint import (
     CheckpointFolder,
@@ -47,72 +53,6 @@ from gwpf_baseline.records.checkpoint import (
     save_state,
 )
 from gwpf_baseline.utils import BoolVector, FloatVector, derive_seed
-
-_ARRAYS = "gwpf_baseline.arrays"
-_VALUES = "gwpf_baseline.values"
-
-
-@dataclass
-class ClientState:
-    """All that a client keeps between rounds.
-
-    Parameters
-    ----------
-    version : int, default 0
-        The model version it holds, an exchange's number; 0 is the initial model.
-    uploaded : int, default 0
-        The exchange of its last upload.
-    cursor : int, default 0
-        Samples drawn so far.
-    arrays : dict of str to numpy.ndarray
-        ``weights`` float32 ``(d,)``, the global model as it knows it; ``mask`` bool
-        ``(d,)``, the coordinates of its last upload; ``residual`` float32 ``(d,)``,
-        what it learned and the server has not used; ``moment.*``, the optimiser's
-        state. Each only where the method needs it.
-    """
-
-    version: int = 0
-    uploaded: int = 0
-    cursor: int = 0
-    arrays: dict[str, np.ndarray] = field(default_factory=dict)
-
-    @classmethod
-    def load(cls, context: Context) -> "ClientState | None":
-        """Read the state from a Flower context, None if it holds none."""
-        if _VALUES not in context.state.config_records:
-            return None
-        values: dict[str, Any] = dict(context.state.config_records[_VALUES])
-        arrays = {
-            # Flower's arrays are read-only views of bytes; the state is worked on.
-            name: array.numpy().copy()
-            for name, array in context.state.array_records[_ARRAYS].items()
-        }
-        return cls(**values, arrays=arrays)
-
-    def save(self, context: Context) -> None:
-        """Write the state into a Flower context."""
-        context.state.config_records[_VALUES] = ConfigRecord(self.values())
-        context.state.array_records[_ARRAYS] = ArrayRecord(
-            {name: Array(value) for name, value in self.arrays.items()}
-        )
-
-    def values(self) -> dict[str, Any]:
-        """Return the counters."""
-        return {
-            "version": self.version,
-            "uploaded": self.uploaded,
-            "cursor": self.cursor,
-        }
-
-    @property
-    def moments(self) -> dict[str, np.ndarray]:
-        """Return the optimiser's state."""
-        prefix = "moment."
-        return {
-            name.removeprefix(prefix): value
-            for name, value in self.arrays.items()
-            if name.startswith(prefix)
-        }
 
 
 @dataclass(frozen=True)
@@ -158,7 +98,17 @@ def drifted(task: Task, residual: FloatVector) -> torch.Tensor:
 
 
 class LostState(Exception):
-    """The payload builds on a version that this client does not hold."""
+    """The payload builds on a version that this client does not hold.
+
+    Parameters
+    ----------
+    version : int
+        The one that it can start from: 0, the initial weights, or -1, none.
+    """
+
+    def __init__(self, version: int) -> None:
+        super().__init__(version)
+        self.version = version
 
 
 class SyncClient(NumPyClient):
@@ -176,6 +126,8 @@ class SyncClient(NumPyClient):
         This client's data.
     training : TrainingConfig
         How to train.
+    config : object, optional
+        The method's hyper-parameters.
     quantization : Quantization, optional
         How values travel; default: as they are.
     saved : CheckpointFolder, optional
@@ -197,6 +149,7 @@ class SyncClient(NumPyClient):
         batches: Batches,
         training: TrainingConfig,
         *,
+        config: Any = None,
         quantization: Quantization | None = None,
         saved: CheckpointFolder | None = None,
         resume: CheckpointFolder | None = None,
@@ -206,6 +159,7 @@ class SyncClient(NumPyClient):
         self.initial = initial
         self.batches = batches
         self.training = training
+        self.config = config
         self.quantization = quantization or Quantization()
         self.saved = saved
         self.resume = resume
@@ -279,6 +233,10 @@ class SyncClient(NumPyClient):
             state.arrays[f"moment.{name}"] = value
         return self.model.vector.detach().cpu() - start, loss
 
+    def to_client(self) -> Client:
+        """Return the client that Flower calls."""
+        return _PayloadClient(self)
+
     def fit(
         self, parameters: NDArrays, config: dict[str, Scalar]
     ) -> tuple[NDArrays, int, dict[str, Scalar]]:
@@ -287,14 +245,14 @@ class SyncClient(NumPyClient):
         Parameters
         ----------
         parameters : list of numpy.ndarray
-            The server's payload.
+            The server's payload: one array, uint8 ``(n,)``.
         config : dict
             ``round``, the round's number, which the learning rate follows.
 
         Returns
         -------
         parameters : list of numpy.ndarray
-            The answer's payload.
+            The answer's payload: one array, uint8 ``(n,)``.
         num_examples : int
             The client's examples.
         metrics : dict
@@ -309,24 +267,25 @@ class SyncClient(NumPyClient):
         started = time.perf_counter()
         self.server_round = _round_number(config)
         state = self.load_state()
-        reader = Reader(parameters, self.name, self.initial.numel())
+        reader = Reader(parameters[0].data, self.name, self.initial.numel())
         try:
             task = self.follow(reader, state)
         except LostState as lost:
-            header = self._header(reader.header, Kind.LOST, base=int(str(lost)))
-            return Writer(header).arrays(), len(self.batches), {}
+            header = self._header(reader.header, Kind.LOST, lost.version)
+            return _arrays(Writer(header)), len(self.batches), {}
         writer = Writer(self._header(task.header, Kind.UPDATE, state.version, task))
         loss = self.upload(task, state, writer)
         metrics: dict[str, Scalar] = {}
         if loss is not None:
             metrics["train_loss"] = loss
-        if not writer.skipped:
+        if writer.kind is Kind.UPDATE:
             state.uploaded = task.header.exchange
             if loss is not None:
-                writer.vector(buffers_to_vector(self.model.module).numpy())
+                buffers = buffers_to_vector(self.model.module)
+                writer.vector(buffers.numpy(), Part.BUFFERS)
         state.save(self.context)
         metrics["compute_seconds"] = time.perf_counter() - started
-        return writer.arrays(), len(self.batches), metrics
+        return _arrays(writer), len(self.batches), metrics
 
     def follow(self, reader: Reader, state: ClientState) -> Task:
         """Bring the client's copy of the model up to date.
@@ -354,34 +313,61 @@ class SyncClient(NumPyClient):
         header = reader.header
         size = self.initial.numel()
         if header.kind is Kind.MODEL:
-            mask = reader.bitmap(size) if header.masked else None
             weights = torch.from_numpy(self.read_values(reader, size).copy())
-        elif header.kind in (Kind.CHANGES, Kind.MASKED):
+        elif header.kind in (Kind.CHANGES, Kind.VALUES):
             weights = self._known_weights(header, state)
-            if header.kind is Kind.CHANGES:
-                changed = reader.bitmap(size)
-            elif state.uploaded == header.accepted and "mask" in state.arrays:
-                changed = state.arrays["mask"]
-            else:
-                raise LostState(-1)
-            mask = reader.bitmap(size) if header.masked else None
-            count = int(np.count_nonzero(changed))
-            weights.numpy()[changed] = self.read_values(reader, count)
+            self.read_change(reader, weights.numpy(), state)
         else:
             raise WireError(f"a server does not send {header.kind.name}")
+        mask = reader.bitmap(size) if header.with_mask else None
         buffers = None
         if not header.follow_up:
             numel = sum(b.numel() for b in sent_buffers(self.model.module))
-            buffers = torch.from_numpy(reader.vector(numel).copy())
+            buffers = torch.from_numpy(reader.vector(numel, part=Part.BUFFERS).copy())
         reader.finish()
-        if not header.masked:
+        if not header.with_mask:
             # pylint: disable-next=assignment-from-none  # a method may have none
             mask = self.derive_mask(header, weights, state)
-        self._settle(header, state)
+        # What has been settled must not be again, after an exchange without an upload.
+        if header.used == state.uploaded == state.version + 1:
+            self.settle(state)
         state.version = header.exchange - 1
         if not self.dense_downlink:
             state.arrays["weights"] = weights.numpy()
         return Task(header, weights, buffers, mask)
+
+    def read_change(
+        self, reader: Reader, weights: FloatVector, state: ClientState
+    ) -> None:
+        """Bring the model that this client holds to today's.
+
+        Undoes :meth:`SyncStrategy.write_change`.
+
+        Parameters
+        ----------
+        reader : Reader
+            The server's payload, which leads from version ``reader.header.base`` to
+            ``reader.header.exchange - 1``.
+        weights : numpy.ndarray
+            float32 ``(d,)``, the model of version ``state.version``, to be changed in
+            place. It may be newer than the payload's base: an answer of this client
+            that got lost moved it on, but not what the server knows of it.
+        state : ClientState
+            The state; what a method keeps of the model's history moves on in it.
+
+        Raises
+        ------
+        LostState
+            This client does not hold what the change is told by.
+        """
+        header = reader.header
+        if header.kind is Kind.CHANGES:
+            changed = reader.bitmap(weights.size)
+        elif state.uploaded == header.used and "sent" in state.arrays:
+            changed = state.arrays["sent"]
+        else:
+            raise LostState(-1)
+        weights[changed] = self.read_values(reader, int(np.count_nonzero(changed)))
 
     def read_values(self, reader: Reader, length: int) -> FloatVector:
         """Take values of the global model; undoes :meth:`SyncStrategy.write_values`.
@@ -404,10 +390,11 @@ class SyncClient(NumPyClient):
         self,
         writer: Writer,
         task: Task,
-        values: FloatVector,
+        state: ClientState,
+        update: FloatVector,
         mask: BoolVector | None = None,
     ) -> None:
-        """Write the values of an update, in as few bits as configured.
+        """Write an update's values, in as few bits as configured.
 
         Parameters
         ----------
@@ -415,18 +402,85 @@ class SyncClient(NumPyClient):
             The answer's payload.
         task : Task
             What the server asked for.
-        values : numpy.ndarray
-            float32 ``(k,)``.
+        state : ClientState
+            Notes what is sent, see :meth:`note_sent`.
+        update : numpy.ndarray
+            float32 ``(d,)``.
         mask : numpy.ndarray, optional
-            bool ``(d,)``, the coordinates that they belong to; default: all.
+            bool ``(d,)``, the coordinates to send; default: all.
         """
         seed = derive_seed(
             self.batches.seed, "rounding", self.batches.client, task.header.exchange
         )
-        counts = [values.size]
-        if self.quantization.bits < 32:
-            counts = values_per_layer(self.layers, mask)
-        self.quantization.write_update(writer, values, counts, seed)
+        values = update if mask is None else update[mask]
+        if self.quantization.exact_updates:
+            self.quantization.write_update(writer, values, [values.size], seed)
+            self.note_sent(state, mask)
+            return
+        counts = values_per_layer(self.layers, mask)
+        received = self.quantization.write_update(writer, values, counts, seed)
+        self.note_sent(state, mask, values - received)
+
+    def note_sent(
+        self,
+        state: ClientState,
+        mask: BoolVector | None,
+        left_out: FloatVector | None = None,
+    ) -> None:
+        """Note what an upload sends, for :meth:`settle`.
+
+        Parameters
+        ----------
+        state : ClientState
+            Takes the note.
+        mask : numpy.ndarray or None
+            bool ``(d,)``, the coordinates; None for all.
+        left_out : numpy.ndarray, optional
+            float32 ``(k,)``, how much less of them the server gets than was due, since
+            they are rounded; default: they are not.
+        """
+        for name, value in (("sent", mask), ("left_out", left_out)):
+            state.arrays.pop(name, None)
+            if value is not None:
+                state.arrays[name] = value
+
+    def settle(self, state: ClientState) -> None:
+        """Take out of the residual what the server has used: what it has decoded.
+
+        Called once after each upload that was used, with the next message. What was not
+        used stays in the residual, and so does what rounding left out (error feedback).
+
+        Parameters
+        ----------
+        state : ClientState
+            Holds the residual, and the note of the upload.
+        """
+        residual = state.arrays.get("residual")
+        if residual is not None:
+            sent = state.arrays.get("sent", slice(None))
+            residual[sent] = state.arrays.get("left_out", 0.0)
+
+    def with_left_out(self, state: ClientState, update: FloatVector) -> FloatVector:
+        """Return an update with what rounding left out of those before it.
+
+        For a method that otherwise keeps nothing of what it learned.
+
+        Parameters
+        ----------
+        state : ClientState
+            Keeps what was left out, where values are rounded.
+        update : numpy.ndarray
+            float32 ``(d,)``.
+
+        Returns
+        -------
+        numpy.ndarray
+            float32 ``(d,)``.
+        """
+        if self.quantization.exact_updates:
+            return update
+        due: FloatVector = update + self.residual(state)
+        return due
 
     def derive_mask(  # pylint: disable=useless-return  # which mypy wants
         self, header: Header, weights: torch.Tensor, state: ClientState
@@ -518,20 +572,11 @@ class SyncClient(NumPyClient):
             raise LostState(-1)
         return self.initial.clone()
 
-    def _settle(self, header: Header, state: ClientState) -> None:
-        """Forget what the server has used; what it has not, stays to be sent again."""
-        residual, mask = state.arrays.get("residual"), state.arrays.get("mask")
-        if residual is None or mask is None:
-            return
-        # What has been settled must not be again, after an exchange without an upload.
-        if header.accepted == state.uploaded == state.version + 1:
-            residual[mask] = 0.0
-
     def _header(
         self, asked: Header, kind: Kind, base: int, task: Task | None = None
     ) -> Header:
         checksum = 0
-        if task is not None and task.mask is not None and not asked.masked:
+        if task is not None and task.mask is not None and not asked.with_mask:
             checksum = vector_checksum(task.mask)
         return Header(
             self.name, kind, asked.exchange, base, asked.length, checksum=checksum
@@ -543,3 +588,30 @@ def _round_number(config: dict[str, Scalar]) -> int:
     if not isinstance(number, int) or number < 1:
         raise WireError(f"round {number!r}: rounds are counted from 1")
     return number
+
+
+def _arrays(writer: Writer) -> NDArrays:
+    return [np.frombuffer(writer.payload(), np.uint8)]
+
+
+class _PayloadClient(Client):
+    """What Flower calls: takes payloads out of its messages and puts them in.
+
+    Flower's own wrapper of a ``NumPyClient`` would parse arrays with ``numpy.load`` and
+    pad them to 64 bytes.
+    """
+
+    def __init__(self, client: SyncClient) -> None:
+        self.client = client
+
+    def fit(self, ins: FitIns) -> FitRes:
+        """Let the client answer a message."""
+        message = np.frombuffer(from_parameters(ins.parameters), np.uint8)
+        (answer,), num_examples, metrics = self.client.fit([message], ins.config)
+        parameters = to_parameters(answer.data)
+        return FitRes(Status(Code.OK, ""), parameters, num_examples, metrics)
+
+    def get_properties(self, ins: GetPropertiesIns) -> GetPropertiesRes:
+        """Ask the client who it is."""
+        properties = self.client.get_properties(ins.config)
+        return GetPropertiesRes(Status(Code.OK, ""), properties)

@@ -256,12 +256,8 @@ class APFStrategy(SyncStrategy[FloatVector]):
 
     Parameters
     ----------
-    *args : object
-        See :class:`SyncStrategy`.
-    config : APFConfig
-        The hyper-parameters.
-    **kwargs : object
-        See :class:`SyncStrategy`.
+    *args, **kwargs : object
+        See :class:`SyncStrategy`; its `config` is a :class:`APFConfig`.
 
     Attributes
     ----------
@@ -272,16 +268,17 @@ class APFStrategy(SyncStrategy[FloatVector]):
     """
 
     name = "apf"
+    config: APFConfig
 
     def __init__(self, *args: Any, config: APFConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.schedule = FreezingSchedule(self.weights.numpy(), config, self.seed)
+        self.schedule = FreezingSchedule(self.weights.numpy(), self.config, self.seed)
         self.in_step: set[int] = set()
         self.mask = np.ones(self.dimension, np.bool_)
         self.value_sum = torch.zeros(0)
 
-    def begin_exchange(self) -> BoolVector:
-        """Ask for what is not frozen."""
+    def begin_exchange(self) -> None:
+        """See the last exchange's outcome, and start the sum afresh."""
         last = self.exchange - 1
         self.schedule.observe(last, self.weights.numpy())
         self.mask = self.schedule.active()
@@ -291,9 +288,12 @@ class APFStrategy(SyncStrategy[FloatVector]):
             for client, record in self.clients.items()
             if (last == record.version == 0)
             # From a model that was rounded on its way another mask would follow.
-            or (self.quantization.exact and client in self.in_step)
-            and record.accepted == last
+            or (self.quantization.exact_model and client in self.in_step)
+            and record.used == last
         }
+
+    def request(self) -> BoolVector:
+        """Ask for what is not frozen."""
         return self.mask
 
     def sends_mask(self, client: int) -> bool:
@@ -308,10 +308,10 @@ class APFStrategy(SyncStrategy[FloatVector]):
         """Add one client's updates."""
         self.value_sum.add_(as_tensor(upload), alpha=weight)
 
-    def finish_exchange(self, total_weight: float) -> torch.Tensor:
+    def finish_exchange(self, total_weight: float) -> BoolVector:
         """Move the active coordinates by their mean update."""
         self.move(self.value_sum.div_(total_weight).numpy(), self.mask)
-        return torch.from_numpy(self.mask)
+        return self.mask
 
     def metrics(self) -> dict[str, float]:
         """Return the share of coordinates that were frozen, and that were sent."""
@@ -338,19 +338,12 @@ class APFClient(SyncClient):
 
     Parameters
     ----------
-    *args : object
-        See :class:`SyncClient`.
-    config : APFConfig
-        The hyper-parameters.
-    **kwargs : object
-        See :class:`SyncClient`.
+    *args, **kwargs : object
+        See :class:`SyncClient`; its `config` is a :class:`APFConfig`.
     """
 
     name = "apf"
-
-    def __init__(self, *args: Any, config: APFConfig, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.config = config
+    config: APFConfig
 
     def derive_mask(
         self, header: Header, weights: torch.Tensor, state: ClientState
@@ -377,7 +370,7 @@ class APFClient(SyncClient):
     def upload(self, task: Task, state: ClientState, writer: Writer) -> float:
         """Train what is not frozen, and send it."""
         assert task.mask is not None
-        if task.header.masked:
+        if task.header.with_mask:
             # Once out of step, a client cannot get back into it, and need not try.
             for name in [name for name in state.arrays if name.startswith(_PREFIX)]:
                 del state.arrays[name]
@@ -387,8 +380,7 @@ class APFClient(SyncClient):
         else:
             delta, loss = self.train(task.weights, task, state, self._roll_back(task))
         residual += delta.numpy()
-        self.write_update(writer, task, residual[task.mask], task.mask)
-        state.arrays["mask"] = task.mask
+        self.write_update(writer, task, state, residual, task.mask)
         return loss
 
     def _roll_back(self, task: Task) -> StepHook:

@@ -10,14 +10,14 @@ in the paper, such an update is dropped, not kept for later.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from gwpf_baseline.exchange.payload import Reader, Writer
-from gwpf_baseline.learning.client import ClientState, SyncClient, Task
+from gwpf_baseline.learning.client import SyncClient, Task
+from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.methods import Method
-from gwpf_baseline.methods.fedavg import FedAvgConfig, FedAvgStrategy
+from gwpf_baseline.methods.fedavg import FedAvgStrategy
 from gwpf_baseline.utils import ConfigError, FloatVector, is_number
 
 
@@ -72,21 +72,14 @@ class CMFLStrategy(FedAvgStrategy):
 
     Parameters
     ----------
-    *args : object
-        See :class:`SyncStrategy`.
-    config : CMFLConfig
-        The hyper-parameters.
-    **kwargs : object
-        See :class:`SyncStrategy`.
+    *args, **kwargs : object
+        See :class:`SyncStrategy`; its `config` is a :class:`CMFLConfig`.
     """
 
     name = "cmfl"
     dense_downlink = False
 
-    def __init__(self, *args: Any, config: CMFLConfig, **kwargs: Any) -> None:
-        del config  # only clients decide
-        super().__init__(*args, config=FedAvgConfig(), **kwargs)
-        self.senders = 0
+    senders = 0
 
     def begin_exchange(self) -> None:
         """Start the sum afresh."""
@@ -108,19 +101,12 @@ class CMFLClient(SyncClient):
 
     Parameters
     ----------
-    *args : object
-        See :class:`SyncClient`.
-    config : CMFLConfig
-        The hyper-parameters.
-    **kwargs : object
-        See :class:`SyncClient`.
+    *args, **kwargs : object
+        See :class:`SyncClient`; its `config` is a :class:`CMFLConfig`.
     """
 
     name = "cmfl"
-
-    def __init__(self, *args: Any, config: CMFLConfig, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.config = config
+    config: CMFLConfig
 
     def follow(self, reader: Reader, state: ClientState) -> Task:
         """Also note how the model has moved since this client last saw it.
@@ -144,7 +130,8 @@ class CMFLClient(SyncClient):
             threshold /= math.sqrt(task.header.exchange)
         # Before the first global update nothing can be told, and everything is sent.
         if last_global is None or relevance(delta.numpy(), last_global) >= threshold:
-            self.write_update(writer, task, delta.numpy())
+            due = self.with_left_out(state, delta.numpy())
+            self.write_update(writer, task, state, due)
         else:
             writer.skip()
         return loss

@@ -9,12 +9,13 @@ that saves bytes has to beat.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from gwpf_baseline.exchange.messages import EVERYTHING
 from gwpf_baseline.exchange.payload import Reader, Writer, as_tensor
-from gwpf_baseline.learning.client import ClientState, SyncClient, Task
+from gwpf_baseline.learning.client import SyncClient, Task
+from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.methods import Method
 from gwpf_baseline.strategy import SyncStrategy
 from gwpf_baseline.utils import FloatVector
@@ -30,21 +31,15 @@ class FedAvgStrategy(SyncStrategy[FloatVector]):
 
     Parameters
     ----------
-    *args : object
-        See :class:`SyncStrategy`.
-    config : FedAvgConfig
-        Nothing.
-    **kwargs : object
-        See :class:`SyncStrategy`.
+    *args, **kwargs : object
+        See :class:`SyncStrategy`; its `config` is a :class:`FedAvgConfig`.
     """
 
     name = "fedavg"
+    config: FedAvgConfig
     dense_downlink = True
 
-    def __init__(self, *args: Any, config: FedAvgConfig, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.config = config
-        self.update_sum = torch.zeros(0)
+    update_sum: torch.Tensor
 
     def begin_exchange(self) -> None:
         """Start the sum afresh."""
@@ -58,9 +53,10 @@ class FedAvgStrategy(SyncStrategy[FloatVector]):
         """Add a dense update."""
         self.update_sum.add_(as_tensor(upload), alpha=weight)
 
-    def finish_exchange(self, total_weight: float) -> None:
+    def finish_exchange(self, total_weight: float) -> slice:
         """Move the model by the mean update."""
         self.move(self.update_sum.div_(total_weight).numpy())
+        return EVERYTHING
 
     def metrics(self) -> dict[str, float]:
         """Everything is sent; nothing is ever frozen."""
@@ -72,25 +68,19 @@ class FedAvgClient(SyncClient):
 
     Parameters
     ----------
-    *args : object
-        See :class:`SyncClient`.
-    config : FedAvgConfig
-        Nothing.
-    **kwargs : object
-        See :class:`SyncClient`.
+    *args, **kwargs : object
+        See :class:`SyncClient`; its `config` is a :class:`FedAvgConfig`.
     """
 
     name = "fedavg"
+    config: FedAvgConfig
     dense_downlink = True
-
-    def __init__(self, *args: Any, config: FedAvgConfig, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.config = config
 
     def upload(self, task: Task, state: ClientState, writer: Writer) -> float:
         """Train from the global model and send the whole update."""
         delta, loss = self.train(task.weights, task, state)
-        self.write_update(writer, task, delta.numpy())
+        due = self.with_left_out(state, delta.numpy())
+        self.write_update(writer, task, state, due)
         return loss
 
 

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from gwpf_baseline.exchange.payload import Reader, WireError, Writer
-from gwpf_baseline.learning.client import ClientState, SyncClient, Task
+from gwpf_baseline.exchange.payload import Part, Reader, WireError, Writer
+from gwpf_baseline.learning.client import SyncClient, Task
+from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.methods import Method
 from gwpf_baseline.methods.shared.masked_network import (
     LEVELS,
@@ -186,12 +187,8 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
 
     Parameters
     ----------
-    *args : object
-        See :class:`SyncStrategy`.
-    config : FedPMConfig
-        The hyper-parameters.
-    **kwargs : object
-        See :class:`SyncStrategy`.
+    *args, **kwargs : object
+        See :class:`SyncStrategy`; its `config` is a :class:`FedPMConfig`.
 
     Attributes
     ----------
@@ -210,23 +207,16 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
     """
 
     name = "fedpm"
+    config: FedPMConfig
 
-    def __init__(self, *args: Any, config: FedPMConfig, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.config = config
-        for key, value, only in (
-            ("weighting", self.weighting, "uniform"),
-            ("server_optimizer", self.optimizer.config.name, "fedavg"),
-            ("quantization.bits", self.quantization.bits, 32),
-            ("quantization.fp16", self.quantization.fp16, False),
-        ):
-            if value != only:
-                raise ConfigError(key, value, f"{only} for FedPM, which counts masks")
+        self.refuse("counts masks", "weighting", "server_optimizer", "quantization")
         most = _MOST_MASKS // kwargs["num_clients"]
-        if config.reset_every > most:
+        if self.config.reset_every > most:
             raise ConfigError(
                 "method.reset_every",
-                config.reset_every,
+                self.config.reset_every,
                 f"at most {most} for so many clients",
             )
         self.ones = np.zeros(self.dimension, np.uint16)
@@ -248,7 +238,7 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
 
     def read_upload(self, reader: Reader) -> BoolVector:
         """Take one client's mask."""
-        return reader.bitmap(self.dimension, self.expected)
+        return reader.bitmap(self.dimension, self.expected, Part.VALUES)
 
     def add_upload(self, upload: BoolVector, weight: float) -> None:
         """Count one client's ones."""
@@ -256,23 +246,23 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
         self.ones += upload
         self.masks += 1
 
-    def finish_exchange(self, total_weight: float) -> torch.Tensor:
+    def finish_exchange(self, total_weight: float) -> BoolVector:
         """Turn the counts into scores, of which there are but a few different ones."""
         del total_weight
         bits = self.config.probability_bits
         counts = np.arange(self.masks + 1)
         modes = posterior_mode(counts, self.masks, self.config.prior)
         scores = torch.from_numpy(score_table(bits)[to_levels(modes, bits)][self.ones])
-        changed = scores != self.weights
+        changed = (scores != self.weights).numpy()
         self.weights.copy_(scores)
         return changed
 
-    def network(self) -> torch.Tensor:
+    def measured_weights(self) -> torch.Tensor:
         """Return the scores of a mask that is sampled anew after each exchange."""
         seed = derive_seed(self.seed, "network", self.exchange)
         return certain_scores(sample_mask(self.weights.sigmoid().numpy(), seed))
 
-    def mean_network(self) -> torch.Tensor:
+    def mean_weights(self) -> torch.Tensor:
         """Return the scores themselves, by which every weight counts in part."""
         return self.weights
 
@@ -284,7 +274,7 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
             "level": self.config.initial_level,
             "bits": self.config.probability_bits,
         }
-        mask = (self.network() > 0).numpy()
+        mask = (self.measured_weights() > 0).numpy()
         save_network(folder / NETWORK_FILE, made, self.model, mask, self.buffers)
 
     def method_state(self) -> dict[str, Any]:
@@ -305,19 +295,12 @@ class FedPMClient(SyncClient):
 
     Parameters
     ----------
-    *args : object
-        See :class:`SyncClient`.
-    config : FedPMConfig
-        The hyper-parameters.
-    **kwargs : object
-        See :class:`SyncClient`.
+    *args, **kwargs : object
+        See :class:`SyncClient`; its `config` is a :class:`FedPMConfig`.
     """
 
     name = "fedpm"
-
-    def __init__(self, *args: Any, config: FedPMConfig, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.config = config
+    config: FedPMConfig
 
     def read_values(self, reader: Reader, length: int) -> FloatVector:
         """Take the levels of probabilities as scores."""
@@ -334,7 +317,8 @@ class FedPMClient(SyncClient):
         seed, client = self.batches.seed, self.batches.client
         number = task.header.exchange
         mask = sample_mask(probabilities, derive_seed(seed, "mask", client, number))
-        writer.bitmap(mask, expected_bits(task.weights.numpy(), self.config))
+        expected = expected_bits(task.weights.numpy(), self.config)
+        writer.bitmap(mask, expected, Part.VALUES)
         return loss
 
 

@@ -10,13 +10,13 @@ and trains with: no update is lost, it only arrives later.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from gwpf_baseline.exchange.payload import Writer
-from gwpf_baseline.learning.client import ClientState, Task
+from gwpf_baseline.learning.client import Task
+from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.methods import Method
 from gwpf_baseline.methods.shared.sparse import SparseClient, SparseStrategy
 from gwpf_baseline.utils import BoolVector, ConfigError, FloatVector, is_number
@@ -76,19 +76,12 @@ class GaiaStrategy(SparseStrategy):
 
     Parameters
     ----------
-    *args : object
-        See :class:`SyncStrategy`.
-    config : GaiaConfig
-        Nothing for the server: clients decide.
-    **kwargs : object
-        See :class:`SyncStrategy`.
+    *args, **kwargs : object
+        See :class:`SyncStrategy`; its `config` is a :class:`GaiaConfig`.
     """
 
     name = "gaia"
-
-    def __init__(self, *args: Any, config: GaiaConfig, **kwargs: Any) -> None:
-        del config
-        super().__init__(*args, **kwargs)
+    config: GaiaConfig
 
 
 class GaiaClient(SparseClient):
@@ -96,19 +89,12 @@ class GaiaClient(SparseClient):
 
     Parameters
     ----------
-    *args : object
-        See :class:`SyncClient`.
-    config : GaiaConfig
-        The hyper-parameters.
-    **kwargs : object
-        See :class:`SyncClient`.
+    *args, **kwargs : object
+        See :class:`SyncClient`; its `config` is a :class:`GaiaConfig`.
     """
 
     name = "gaia"
-
-    def __init__(self, *args: Any, config: GaiaConfig, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.config = config
+    config: GaiaConfig
 
     def upload(self, task: Task, state: ClientState, writer: Writer) -> float:
         """Train on its own copy, unsent updates included, and send what counts."""

@@ -13,10 +13,10 @@ others, adding to them until they are.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from gwpf_baseline.exchange.payload import Writer
-from gwpf_baseline.learning.client import ClientState, Task
+from gwpf_baseline.learning.client import Task
+from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.methods import Method
 from gwpf_baseline.methods.shared.pruning import above_threshold, largest_share
 from gwpf_baseline.methods.shared.sparse import SparseClient, SparseStrategy
@@ -59,21 +59,12 @@ class GradientPruningStrategy(SparseStrategy):
 
     Parameters
     ----------
-    *args : object
-        See :class:`SyncStrategy`.
-    config : GradientPruningConfig
-        Nothing for the server: clients decide.
-    **kwargs : object
-        See :class:`SyncStrategy`.
+    *args, **kwargs : object
+        See :class:`SyncStrategy`; its `config` is a :class:`GradientPruningConfig`.
     """
 
     name = "gradient_pruning"
-
-    def __init__(
-        self, *args: Any, config: GradientPruningConfig, **kwargs: Any
-    ) -> None:
-        del config
-        super().__init__(*args, **kwargs)
+    config: GradientPruningConfig
 
 
 class GradientPruningClient(SparseClient):
@@ -81,21 +72,12 @@ class GradientPruningClient(SparseClient):
 
     Parameters
     ----------
-    *args : object
-        See :class:`SyncClient`.
-    config : GradientPruningConfig
-        The hyper-parameters.
-    **kwargs : object
-        See :class:`SyncClient`.
+    *args, **kwargs : object
+        See :class:`SyncClient`; its `config` is a :class:`GradientPruningConfig`.
     """
 
     name = "gradient_pruning"
-
-    def __init__(
-        self, *args: Any, config: GradientPruningConfig, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.config = config
+    config: GradientPruningConfig
 
     def upload(self, task: Task, state: ClientState, writer: Writer) -> float:
         """Train from the global model, and send what is large of all that is due."""

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from gwpf_baseline.exchange.payload import Reader, Writer, as_tensor
-from gwpf_baseline.learning.client import ClientState, SyncClient, Task, drifted
+from gwpf_baseline.learning.client import SyncClient, Task, drifted
 from gwpf_baseline.learning.flat_model import cache_blocks
+from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.methods import Method
 from gwpf_baseline.methods.shared.pruning import share
 from gwpf_baseline.methods.shared.stability import Stability
@@ -249,12 +250,8 @@ class GWPFStrategy(SyncStrategy[GWPFUpload]):
 
     Parameters
     ----------
-    *args : object
-        See :class:`SyncStrategy`.
-    config : GWPFConfig
-        The hyper-parameters.
-    **kwargs : object
-        See :class:`SyncStrategy`.
+    *args, **kwargs : object
+        See :class:`SyncStrategy`; its `config` is a :class:`GWPFConfig`.
 
     Attributes
     ----------
@@ -265,10 +262,11 @@ class GWPFStrategy(SyncStrategy[GWPFUpload]):
     """
 
     name = "gwpf"
+    config: GWPFConfig
 
-    def __init__(self, *args: Any, config: GWPFConfig, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.config = config
+        config = self.config
         always = config.freeze_rule == "always"
         self.mask = torch.full((self.dimension,), not always)
         self.thawed = torch.zeros_like(self.mask)
@@ -285,14 +283,17 @@ class GWPFStrategy(SyncStrategy[GWPFUpload]):
         self.vote_counts = np.zeros(0, np.uint16)
         self.voters = 0
 
-    def begin_exchange(self) -> BoolVector:
-        """Ask for the active coordinates, in a follow-up for those just thawed."""
+    def begin_exchange(self) -> None:
+        """Start the sums and counts afresh."""
         self.asked = self.thawed if self.follow_up else self.mask
         count = int(np.count_nonzero(self.asked.numpy()))
         self.sent = count + (self.sent if self.follow_up else 0)
         self.value_sum = torch.zeros(count)
         self.vote_counts = np.zeros(self.dimension - count, np.uint16)
         self.voters = 0
+
+    def request(self) -> BoolVector:
+        """Ask for the active coordinates, in a follow-up for those just thawed."""
         return self.asked.numpy()
 
     def read_upload(self, reader: Reader) -> GWPFUpload:
@@ -309,7 +310,7 @@ class GWPFStrategy(SyncStrategy[GWPFUpload]):
             self.vote_counts += upload.votes
             self.voters += 1
 
-    def finish_exchange(self, total_weight: float) -> torch.Tensor:
+    def finish_exchange(self, total_weight: float) -> BoolVector:
         """Apply the mean update, freeze what has settled, thaw what was voted for."""
         asked = self.asked.numpy()
         weights = self.weights.numpy()
@@ -331,7 +332,7 @@ class GWPFStrategy(SyncStrategy[GWPFUpload]):
         if self.config.tighten and not self.wants_follow_up():
             active = int(np.count_nonzero(self.mask.numpy()))
             self.stability.tighten(1.0 - active / self.dimension)
-        return self.asked
+        return asked
 
     def wants_follow_up(self) -> bool:
         """Ask at once for what was thawed, if it is to be the same round."""
@@ -373,19 +374,12 @@ class GWPFClient(SyncClient):
 
     Parameters
     ----------
-    *args : object
-        See :class:`SyncClient`.
-    config : GWPFConfig
-        The hyper-parameters.
-    **kwargs : object
-        See :class:`SyncClient`.
+    *args, **kwargs : object
+        See :class:`SyncClient`; its `config` is a :class:`GWPFConfig`.
     """
 
     name = "gwpf"
-
-    def __init__(self, *args: Any, config: GWPFConfig, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.config = config
+    config: GWPFConfig
 
     def upload(self, task: Task, state: ClientState, writer: Writer) -> float | None:
         """Train, vote, and send what has accumulated on the active coordinates."""
@@ -394,8 +388,7 @@ class GWPFClient(SyncClient):
         loss = None
         if not task.header.follow_up:
             loss = self._learn(task, state, residual, writer)
-        self.write_update(writer, task, residual[task.mask], task.mask)
-        state.arrays["mask"] = task.mask
+        self.write_update(writer, task, state, residual, task.mask)
         return loss
 
     def _learn(

@@ -10,18 +10,21 @@ computes with, and forgets the rest of what it learned.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from gwpf_baseline.exchange.payload import Writer
-from gwpf_baseline.learning.client import ClientState, Task
-from gwpf_baseline.learning.flat_model import Layer
+from gwpf_baseline.learning.client import Task
+from gwpf_baseline.learning.flat_model import Layer, values_per_layer
+from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.methods import Method
 from gwpf_baseline.methods.shared.pruning import largest_share
-from gwpf_baseline.methods.shared.sparse import SparseClient, SparseStrategy
+from gwpf_baseline.methods.shared.sparse import (
+    SparseClient,
+    SparseStrategy,
+    SparseUpload,
+)
 from gwpf_baseline.methods.shared.swat import sparsify
 from gwpf_baseline.utils import BoolVector, ConfigError, FloatVector, is_number
 
@@ -114,26 +117,59 @@ def sent(
     return mask
 
 
+def csr_bytes(mask: BoolVector, layers: list[Layer]) -> int:
+    """Return what the values in a mask take as compressed sparse rows.
+
+    Parameters
+    ----------
+    mask : numpy.ndarray
+        bool ``(d,)``.
+    layers : list of Layer
+        The layers; the first dimension of a tensor counts its rows.
+
+    Returns
+    -------
+    int
+        Four bytes a value, four for its column, and four for each row of a tensor and
+        its end. What is whole travels as it is, as every tensor of one dimension does.
+    """
+    total = 0
+    for (_, shape), count in zip(layers, values_per_layer(layers, mask), strict=True):
+        dense = 4 * int(np.prod(shape))
+        whole = len(shape) < 2 or 4 * count == dense
+        total += dense if whole else 8 * count + 4 * (shape[0] + 1)
+    return total
+
+
 class ZeroFLStrategy(SparseStrategy):
     """The server's half of ZeroFL.
 
     Parameters
     ----------
-    *args : object
-        See :class:`SyncStrategy`.
-    config : ZeroFLConfig
-        The hyper-parameters.
-    **kwargs : object
-        See :class:`SyncStrategy`.
+    *args, **kwargs : object
+        See :class:`SyncStrategy`; its `config` is a :class:`ZeroFLConfig`.
     """
 
     name = "zerofl"
+    config: ZeroFLConfig
 
-    def __init__(self, *args: Any, config: ZeroFLConfig, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.config = config
+    csr = 0
 
-    def finish_exchange(self, total_weight: float) -> torch.Tensor:
+    def begin_exchange(self) -> None:
+        """Start the sums afresh."""
+        super().begin_exchange()
+        self.csr = 0
+
+    def add_upload(self, upload: SparseUpload, weight: float) -> None:
+        """Add one client's upload."""
+        super().add_upload(upload, weight)
+        self.csr += csr_bytes(upload.mask, self.layers)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the share of coordinates that a client sent, and all of it as CSR."""
+        return {**super().metrics(), "csr_bytes": self.csr}
+
+    def finish_exchange(self, total_weight: float) -> BoolVector:
         """Average the clients' weights or updates, what was not sent being 0."""
         if self.config.upload != "top_k_weights":
             return super().finish_exchange(total_weight)
@@ -149,19 +185,12 @@ class ZeroFLClient(SparseClient):
 
     Parameters
     ----------
-    *args : object
-        See :class:`SyncClient`.
-    config : ZeroFLConfig
-        The hyper-parameters.
-    **kwargs : object
-        See :class:`SyncClient`.
+    *args, **kwargs : object
+        See :class:`SyncClient`; its `config` is a :class:`ZeroFLConfig`.
     """
 
     name = "zerofl"
-
-    def __init__(self, *args: Any, config: ZeroFLConfig, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.config = config
+    config: ZeroFLConfig
 
     def upload(self, task: Task, state: ClientState, writer: Writer) -> float:
         """Train sparsely, send the largest part and forget the rest."""
@@ -169,7 +198,7 @@ class ZeroFLClient(SparseClient):
         update, weights = delta.numpy(), (task.weights + delta).numpy()
         mask = sent(update, weights, self.layers, self.config)
         values = weights if self.config.upload == "top_k_weights" else update
-        self.send(writer, task, state, values, mask)
+        self.send(writer, task, state, self.with_left_out(state, values), mask)
         return loss
 
 

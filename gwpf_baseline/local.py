@@ -1,0 +1,123 @@
+"""A federation in one process: real strategies, real clients, real bytes between.
+
+What Flower's simulation does with Ray, without processes: for trials, for tests, and to
+step through a method with a debugger. Histories are the same to the bit.
+"""
+
+from collections.abc import Callable, Sequence
+
+from flwr.common import (
+    Context,
+    DisconnectRes,
+    EvaluateIns,
+    EvaluateRes,
+    FitIns,
+    FitRes,
+    GetParametersIns,
+    GetParametersRes,
+    GetPropertiesIns,
+    GetPropertiesRes,
+    ReconnectIns,
+    RecordDict,
+)
+from flwr.server import Server, SimpleClientManager
+from flwr.server.client_proxy import ClientProxy
+
+from gwpf_baseline.learning.client import SyncClient
+from gwpf_baseline.records.history import RoundRecord
+from gwpf_baseline.strategy import SyncStrategy
+
+
+class LocalNode(ClientProxy):
+    """A node whose client runs here.
+
+    As in Flower, the client is built anew for each message and only its context lives
+    on. The strategy sees what a network would bring: serialised ``Parameters``.
+
+    Parameters
+    ----------
+    partition : int
+        The partition that the node serves.
+    build : callable
+        Builds the client from a Flower context.
+    cid : str, optional
+        Flower's id of the node; default: from the partition.
+    """
+
+    def __init__(
+        self,
+        partition: int,
+        build: Callable[[Context], SyncClient],
+        cid: str | None = None,
+    ) -> None:
+        super().__init__(cid or f"node-{partition}")
+        self.partition = partition
+        self.build = build
+        self.forget()
+
+    def forget(self) -> None:
+        """Lose all state, as a node does that is set up again."""
+        self.context = Context(
+            run_id=1,
+            node_id=self.partition,
+            node_config={"partition-id": self.partition},
+            state=RecordDict(),
+            run_config={},
+        )
+
+    def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
+        """Let the client answer a message."""
+        return self.build(self.context).to_client().fit(ins)
+
+    def get_properties(
+        self, ins: GetPropertiesIns, timeout: float | None, group_id: int | None
+    ) -> GetPropertiesRes:
+        """Ask the client who it is."""
+        return self.build(self.context).to_client().get_properties(ins)
+
+    def get_parameters(
+        self, ins: GetParametersIns, timeout: float | None, group_id: int | None
+    ) -> GetParametersRes:
+        """Refuse: no method asks for this."""
+        raise NotImplementedError
+
+    def evaluate(
+        self, ins: EvaluateIns, timeout: float | None, group_id: int | None
+    ) -> EvaluateRes:
+        """Refuse: no method asks for this."""
+        raise NotImplementedError
+
+    def reconnect(
+        self, ins: ReconnectIns, timeout: float | None, group_id: int | None
+    ) -> DisconnectRes:
+        """Refuse: no method asks for this."""
+        raise NotImplementedError
+
+
+class LocalFederation:
+    """Flower's server with a strategy, and nodes that are asked one after the other.
+
+    Parameters
+    ----------
+    strategy : SyncStrategy
+        The strategy.
+    nodes : sequence of LocalNode
+        The nodes.
+    """
+
+    def __init__(self, strategy: SyncStrategy, nodes: Sequence[LocalNode]) -> None:
+        self.strategy = strategy
+        self.nodes = list(nodes)
+        self.server = Server(client_manager=SimpleClientManager(), strategy=strategy)
+        self.server.set_max_workers(1)
+        for node in nodes:
+            self.server.client_manager().register(node)
+        self.rounds = 0
+
+    def play(self, rounds: int = 1) -> RoundRecord:
+        """Play some rounds and return the last one's record."""
+        for _ in range(rounds):
+            self.rounds += 1
+            self.server.fit_round(self.rounds, timeout=None)
+            self.strategy.evaluate(self.rounds, self.strategy.parameters())
+        return self.strategy.records[-1]
