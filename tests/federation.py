@@ -1,7 +1,6 @@
 """A federation in one process: real strategies, real clients, real bytes between."""
 
 import copy
-import io
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,23 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.common import (
-    Context,
-    DisconnectRes,
-    EvaluateIns,
-    EvaluateRes,
-    FitIns,
-    FitRes,
-    GetParametersIns,
-    GetParametersRes,
-    GetPropertiesIns,
-    GetPropertiesRes,
-    Parameters,
-    ReconnectIns,
-    RecordDict,
-)
-from flwr.server import Server, SimpleClientManager
-from flwr.server.client_proxy import ClientProxy
+from flwr.common import Context, FitIns, FitRes, Parameters
 from omegaconf import DictConfig
 from sklearn.datasets import load_digits
 from torch import nn
@@ -39,34 +22,23 @@ from gwpf_baseline.config import (
     workbench,
 )
 from gwpf_baseline.data.task import TaskData
-from gwpf_baseline.learning.client import ClientState, SyncClient, Task
+from gwpf_baseline.exchange.payload import Reader, from_parameters, to_parameters
+from gwpf_baseline.learning.client import SyncClient, Task
 from gwpf_baseline.learning.flat_model import FlatModel, parameters_to_vector
+from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.learning.training import Batches, StepHook, TrainingConfig
+from gwpf_baseline.local import LocalFederation, LocalNode
 from gwpf_baseline.methods import load_method
+from gwpf_baseline.records.callbacks import Checkpoints
 from gwpf_baseline.records.checkpoint import CheckpointFolder
-from gwpf_baseline.records.history import RoundRecord
-from gwpf_baseline.strategy import SyncStrategy
+from gwpf_baseline.strategy import Callback
 
 # Every failure is meant; what the package says about it stands in its own log.
 logging.getLogger("flwr").setLevel(logging.CRITICAL)
 
-Build = Callable[[Context], SyncClient]
 
-
-class Node(ClientProxy):
-    """A node whose client runs here.
-
-    As in Flower, the client is built anew for each message and only its context lives
-    on. The strategy sees what a network would bring: serialised ``Parameters``.
-
-    Parameters
-    ----------
-    partition : int
-        The partition that the node serves.
-    build : callable
-        Builds the client from a context.
-    cid : str, optional
-        Flower's id of the node; default: from the partition.
+class Node(LocalNode):
+    """A node between which and the server messages can be watched, changed and lost.
 
     Attributes
     ----------
@@ -78,25 +50,12 @@ class Node(ClientProxy):
         All that passed in either direction.
     """
 
-    def __init__(self, partition: int, build: Build, cid: str | None = None) -> None:
-        super().__init__(cid or f"node-{partition}")
-        self.partition = partition
-        self.build = build
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.reachable = True
         self.tamper: Callable[[FitRes], FitRes] | None = None
         self.received: list[Parameters] = []
         self.sent: list[Parameters] = []
-        self.forget()
-
-    def forget(self) -> None:
-        """Lose all state, as a node does that is set up again."""
-        self.context = Context(
-            run_id=1,
-            node_id=self.partition,
-            node_config={"partition-id": self.partition},
-            state=RecordDict(),
-            run_config={},
-        )
 
     @property
     def state(self) -> ClientState:
@@ -108,64 +67,18 @@ class Node(ClientProxy):
         self.received.append(ins.parameters)
         if not self.reachable:
             raise ConnectionError("the node does not answer")
-        answer = self.build(self.context).to_client().fit(ins)
+        answer = super().fit(ins, timeout, group_id)
         if self.tamper is not None:
             answer = self.tamper(answer)
         self.sent.append(answer.parameters)
         return answer
 
-    def get_properties(
-        self, ins: GetPropertiesIns, timeout: float | None, group_id: int | None
-    ) -> GetPropertiesRes:
-        """Ask the client who it is."""
-        return self.build(self.context).to_client().get_properties(ins)
 
-    def get_parameters(
-        self, ins: GetParametersIns, timeout: float | None, group_id: int | None
-    ) -> GetParametersRes:
-        """Refuse: no method asks for this."""
-        raise NotImplementedError
+class Federation(LocalFederation):
+    """A federation whose strategy and nodes tests reach into."""
 
-    def evaluate(
-        self, ins: EvaluateIns, timeout: float | None, group_id: int | None
-    ) -> EvaluateRes:
-        """Refuse: no method asks for this."""
-        raise NotImplementedError
-
-    def reconnect(
-        self, ins: ReconnectIns, timeout: float | None, group_id: int | None
-    ) -> DisconnectRes:
-        """Refuse: no method asks for this."""
-        raise NotImplementedError
-
-
-class Federation:
-    """Flower's server with a strategy and nodes that are asked one after the other.
-
-    Parameters
-    ----------
-    strategy : SyncStrategy
-        The strategy.
-    nodes : sequence of Node
-        The nodes.
-    """
-
-    def __init__(self, strategy: SyncStrategy, nodes: Sequence[Node]) -> None:
-        self.strategy: Any = strategy
-        self.nodes = list(nodes)
-        self.server = Server(client_manager=SimpleClientManager(), strategy=strategy)
-        self.server.set_max_workers(1)
-        for node in nodes:
-            self.server.client_manager().register(node)
-        self.rounds = 0
-
-    def play(self, rounds: int = 1) -> RoundRecord:
-        """Play some rounds and return the last one's record."""
-        for _ in range(rounds):
-            self.rounds += 1
-            self.server.fit_round(self.rounds, timeout=None)
-            self.strategy.evaluate(self.rounds, self.strategy.parameters())
-        return self.strategy.records[-1]
+    strategy: Any
+    nodes: list[Node]  # type: ignore[assignment]
 
 
 def configured(
@@ -183,6 +96,9 @@ def configured(
         Arguments of the strategy, beside or instead of the configured ones.
     """
     bench = workbench(cfg)
+    callbacks: list[Callback] = []
+    if cfg.checkpoint_every:
+        callbacks.append(Checkpoints(CheckpointFolder(folder), cfg.checkpoint_every))
     arguments = {
         "num_clients": cfg.num_clients,
         "fraction_fit": cfg.fraction_fit,
@@ -190,8 +106,7 @@ def configured(
         "weighting": cfg.weighting,
         "server_optimizer": server_optimizer_config(cfg),
         "quantization": quantization_config(cfg),
-        "checkpoints": CheckpointFolder(folder),
-        "checkpoint_every": cfg.checkpoint_every,
+        "callbacks": callbacks,
         **strategy,
     }
     server = bench.method.strategy(bench.model, config=bench.method_config, **arguments)
@@ -357,16 +272,21 @@ def scripted(
     return Federation(server, [Node(i, partial(build, i)) for i in range(num_clients)])
 
 
-def npy(array: np.ndarray) -> bytes:
-    """Serialise an array as Flower does."""
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
-
-
 def size(parameters: Parameters) -> int:
     """Return the bytes that a message costs."""
     return sum(len(tensor) for tensor in parameters.tensors)
+
+
+def payload_of(parameters: Parameters, federation: Federation) -> Reader:
+    """Open a message or an answer."""
+    strategy = federation.strategy
+    payload = from_parameters(parameters)
+    return Reader(payload, strategy.name, strategy.dimension)
+
+
+def with_payload(answer: FitRes, payload: bytes) -> FitRes:
+    """Return an answer with another payload."""
+    return replace(answer, parameters=to_parameters(payload))
 
 
 def with_tensors(answer: FitRes, tensors: list[bytes]) -> FitRes:
