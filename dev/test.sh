@@ -3,6 +3,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# The README's environment, where it stands with these tools; else the active one.
+if [ -x .venv/bin/pylint ]; then
+    PATH="$PWD/.venv/bin:$PATH"
+fi
+
 for file in client_app dataset model server_app strategy utils; do
     test -f "gwpf_baseline/$file.py" || { echo "gwpf_baseline/$file.py is missing"; exit 1; }
 done
