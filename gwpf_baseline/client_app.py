@@ -12,6 +12,7 @@ from flwr.common import Context
 from omegaconf import DictConfig, OmegaConf
 
 from gwpf_baseline.config import (
+    Workbench,
     from_run_config,
     quantization_config,
     training_config,
@@ -24,7 +25,9 @@ from gwpf_baseline.records.checkpoint import CheckpointFolder
 from gwpf_baseline.utils import ConfigError, pick_device, run_folder
 
 
-def make_client(cfg: DictConfig, context: Context, folder: str) -> SyncClient:
+def make_client(
+    cfg: DictConfig, context: Context, folder: str, bench: Workbench | None = None
+) -> SyncClient:
     """Build the client of one partition.
 
     Parameters
@@ -35,6 +38,8 @@ def make_client(cfg: DictConfig, context: Context, folder: str) -> SyncClient:
         Flower's context, with ``partition-id`` in its node configuration.
     folder : str
         The run's folder, for the client's part of checkpoints.
+    bench : Workbench, optional
+        The data, the model and the method; default: what is configured.
 
     Returns
     -------
@@ -55,7 +60,7 @@ def make_client(cfg: DictConfig, context: Context, folder: str) -> SyncClient:
             f"(num_clients={cfg.num_clients})",
         )
     torch.set_num_threads(cfg.client_threads)
-    bench = workbench(cfg)
+    bench = bench or workbench(cfg)
     model, initial = _flat_model(cfg.client_resources.num_gpus, bench.model)
     batches = Batches(
         bench.data, bench.partitions[client], cfg.seed, client, cfg.dataset.augment

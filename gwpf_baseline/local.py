@@ -5,6 +5,7 @@ step through a method with a debugger. Histories are the same to the bit.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from flwr.common import (
     Context,
@@ -22,10 +23,14 @@ from flwr.common import (
 )
 from flwr.server import Server, SimpleClientManager
 from flwr.server.client_proxy import ClientProxy
+from omegaconf import DictConfig
 
+from gwpf_baseline.client_app import make_client
+from gwpf_baseline.config import Workbench, workbench
 from gwpf_baseline.learning.client import SyncClient
 from gwpf_baseline.records.history import RoundRecord
-from gwpf_baseline.strategy import SyncStrategy
+from gwpf_baseline.server_app import make_strategy
+from gwpf_baseline.strategy import Callback, SyncStrategy
 
 
 class LocalNode(ClientProxy):
@@ -121,3 +126,31 @@ class LocalFederation:
             self.server.fit_round(self.rounds, timeout=None)
             self.strategy.evaluate(self.rounds, self.strategy.parameters())
         return self.strategy.records[-1]
+
+
+def federation(
+    cfg: DictConfig,
+    bench: Workbench | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> LocalFederation:
+    """Build the federation that a configuration describes.
+
+    Parameters
+    ----------
+    cfg : DictConfig
+        A checked configuration. Nothing is written: checkpoints, the evaluation and
+        records are callbacks.
+    bench : Workbench, optional
+        The data, the model and the method; default: what is configured.
+    callbacks : sequence of Callback, default none
+        What happens around each round.
+
+    Returns
+    -------
+    LocalFederation
+        The configured method's strategy, and a node for each client.
+    """
+    bench = bench or workbench(cfg)
+    build = partial(make_client, cfg, folder="", bench=bench)
+    nodes = [LocalNode(client, build) for client in range(cfg.num_clients)]
+    return LocalFederation(make_strategy(cfg, bench, callbacks), nodes)

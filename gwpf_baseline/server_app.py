@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,41 @@ class Evaluator:
         return evaluate(self.model, self.data)
 
 
+def make_strategy(
+    cfg: DictConfig, bench: Workbench, callbacks: Sequence[Callback] = ()
+) -> SyncStrategy:
+    """Build the strategy that a configuration describes.
+
+    Parameters
+    ----------
+    cfg : DictConfig
+        A checked configuration.
+    bench : Workbench
+        The data, the model and the method.
+    callbacks : sequence of Callback, default none
+        What happens around each round.
+
+    Returns
+    -------
+    SyncStrategy
+        The configured method's strategy.
+    """
+    return bench.method.strategy(
+        bench.model,
+        config=bench.method_config,
+        num_clients=cfg.num_clients,
+        fraction_fit=cfg.fraction_fit,
+        seed=cfg.seed,
+        weighting=cfg.weighting,
+        server_optimizer=server_optimizer_config(cfg),
+        quantization=quantization_config(cfg),
+        network=network_config(cfg),
+        callbacks=callbacks,
+        connect_timeout=cfg.connect_timeout,
+        round_timeout=cfg.round_timeout,
+    )
+
+
 def run_server(
     cfg: DictConfig, grid: Grid, folder: Path, console: Console
 ) -> dict[str, Any]:
@@ -104,20 +140,7 @@ def run_server(
         callbacks.append(Checkpoints(CheckpointFolder(folder), cfg.checkpoint_every))
     if cfg.stop_at is not None:
         callbacks.append(StopAt(cfg.stop_at, metric))
-    strategy: SyncStrategy = bench.method.strategy(
-        bench.model,
-        config=bench.method_config,
-        num_clients=cfg.num_clients,
-        fraction_fit=cfg.fraction_fit,
-        seed=cfg.seed,
-        weighting=cfg.weighting,
-        server_optimizer=server_optimizer_config(cfg),
-        quantization=quantization_config(cfg),
-        network=network_config(cfg),
-        callbacks=callbacks,
-        connect_timeout=cfg.connect_timeout,
-        round_timeout=cfg.round_timeout,
-    )
+    strategy = make_strategy(cfg, bench, callbacks)
     if cfg.resume:
         strategy.load_state(CheckpointFolder(cfg.resume).server_state())
         history.restore(strategy.records)

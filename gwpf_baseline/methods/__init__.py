@@ -1,4 +1,62 @@
-"""The methods: one file a paper, both halves in it."""
+"""The methods: one file a paper, both halves in it.
+
+A method is a configuration, a strategy and a client. The strategy says what becomes of
+uploads (:class:`~gwpf_baseline.exchange.method_server.MethodServer` lists all that it
+can decide), the client what it uploads. Here is a whole one, a majority vote on the
+direction of each coordinate:
+
+>>> from dataclasses import dataclass
+>>> import numpy as np
+>>> from gwpf_baseline.exchange.messages import EVERYTHING
+>>> from gwpf_baseline.exchange.payload import Part
+>>> from gwpf_baseline.learning.client import SyncClient
+>>> from gwpf_baseline.methods import Method
+>>> from gwpf_baseline.strategy import SyncStrategy
+
+>>> @dataclass(frozen=True)
+... class MajorityConfig:
+...     step: float = 0.002
+
+>>> class MajorityStrategy(SyncStrategy):
+...     name = "majority"
+...
+...     def begin_exchange(self):
+...         self.votes = np.zeros(self.dimension, np.float32)
+...
+...     def read_upload(self, reader):
+...         return reader.bitmap(self.dimension, part=Part.VALUES)
+...
+...     def add_upload(self, upload, weight):
+...         self.votes += np.where(upload, weight, -weight)
+...
+...     def finish_exchange(self, total_weight):
+...         self.move(np.float32(self.config.step) * np.sign(self.votes))
+...         return EVERYTHING
+
+>>> class MajorityClient(SyncClient):
+...     name = "majority"
+...
+...     def upload(self, task, state, writer):
+...         delta, loss = self.train(task.weights, task, state)
+...         writer.bitmap(delta.numpy() > 0, part=Part.VALUES)
+...         return loss
+
+>>> METHOD = Method(MajorityConfig, MajorityStrategy, MajorityClient)
+
+In ``methods/majority.py``, with ``conf/method/majority.yaml`` beside the others (its
+``name``, the ``module`` and the hyper-parameters), ``method=majority`` runs it on any
+data and model, counted, recorded and compared like all others. Or by hand, in this
+process:
+
+>>> from dataclasses import replace
+>>> from gwpf_baseline.config import checked, compose_config, workbench
+>>> from gwpf_baseline.local import federation
+>>> cfg = checked(compose_config(["num_clients=4", "local_steps=2"]))
+>>> bench = replace(workbench(cfg), method=METHOD, method_config=MajorityConfig())
+>>> record = federation(cfg, bench).play(rounds=3)
+>>> record.clients, record.failures, round(record.uplink_bits_per_parameter, 1)
+(4, 0, 0.9)
+"""
 
 import importlib
 import pkgutil
