@@ -32,7 +32,8 @@ from gwpf_baseline.records.callbacks import (
     StopAt,
 )
 from gwpf_baseline.records.checkpoint import CheckpointFolder
-from gwpf_baseline.records.history import Display, History, closing_table
+from gwpf_baseline.records.display import Display, closing_table
+from gwpf_baseline.records.history import History
 from gwpf_baseline.records.plots import plot_history
 from gwpf_baseline.strategy import Callback, SyncStrategy
 from gwpf_baseline.utils import ConfigError, pick_device, run_folder

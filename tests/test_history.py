@@ -17,12 +17,11 @@ from rich.console import Console
 from rich.text import Text
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gwpf_baseline.records.display import Display, closing_table
 from gwpf_baseline.records.history import (
     COLUMNS,
-    Display,
     History,
     RoundRecord,
-    closing_table,
     from_rows,
     read_history,
 )
