@@ -15,13 +15,13 @@ from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
 
 from gwpf_baseline.config import compose_config, workbench
+from gwpf_baseline.exchange.coding import encode_bitmap
 from gwpf_baseline.exchange.payload import (
     Header,
     Kind,
     Reader,
     WireError,
     Writer,
-    encode_bitmap,
 )
 from gwpf_baseline.exchange.quantization import Quantization
 from gwpf_baseline.learning.flat_model import (

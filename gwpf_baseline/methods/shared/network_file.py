@@ -12,11 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from gwpf_baseline.exchange.payload import (
-    decode_bitmap,
-    encode_bitmap,
-    vector_checksum,
-)
+from gwpf_baseline.exchange.coding import decode_bitmap, encode_bitmap
+from gwpf_baseline.exchange.payload import vector_checksum
 from gwpf_baseline.learning.flat_model import (
     buffers_to_vector,
     parameters_to_vector,

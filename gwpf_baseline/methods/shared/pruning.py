@@ -1,7 +1,7 @@
 """Which values of a vector are worth sending: the largest, by threshold or by share.
 
 The mechanism of gradient pruning, after Aji, Heafield: Sparse Communication for
-Distributed Gradient Descent. EMNLP 2017. ZeroFL takes the share of its weights.
+Distributed Gradient Descent. EMNLP 2017. ZeroFL and STC choose by share, too.
 """
 
 import math
