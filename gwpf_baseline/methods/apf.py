@@ -270,7 +270,7 @@ class APFStrategy(SyncStrategy[FloatVector]):
     name = "apf"
     config: APFConfig
 
-    def __init__(self, *args: Any, config: APFConfig, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.schedule = FreezingSchedule(self.weights.numpy(), self.config, self.seed)
         self.in_step: set[int] = set()
