@@ -69,8 +69,8 @@ def test_nothing_that_is_learned_gets_lost() -> None:
         for i, node in enumerate(federation.nodes):
             state = node.state
             residual = state.arrays.get("residual", np.zeros(24)).copy()
-            if server.clients[i].accepted == state.uploaded and state.uploaded:
-                residual[state.arrays["mask"]] = 0
+            if state.uploaded and server.clients[i].used == state.uploaded:
+                residual[state.arrays["sent"]] = 0
             pending += residual
         assert_allclose(sent + pending, learned, atol=1e-4)
     assert 0 < np.mean(shares) < 0.9

@@ -16,6 +16,7 @@ from federation import (
     Scripted,
     digits,
     lose,
+    payload_of,
     small,
     with_tensors,
 )
@@ -26,7 +27,6 @@ from hypothesis.extra import numpy as hnp
 from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
 
-from gwpf_baseline.exchange.payload import Reader, parse_tensors
 from gwpf_baseline.learning.flat_model import FlatModel, parameters_to_vector
 from gwpf_baseline.learning.training import Batches, TrainingConfig
 from gwpf_baseline.methods.gwpf import (
@@ -134,7 +134,7 @@ class ScriptedClient(Scripted, GWPFClient):
 
 
 class Ledger(GWPFStrategy):
-    """A strategy that adds up what all accepted clients' updates have done.
+    """A strategy that adds up what all used updates have done.
 
     Attributes
     ----------
@@ -146,7 +146,7 @@ class Ledger(GWPFStrategy):
         super().__init__(*args, **kwargs)
         self.applied = torch.zeros(self.dimension, dtype=torch.float64)
 
-    def finish_exchange(self, total_weight: float) -> torch.Tensor:
+    def finish_exchange(self, total_weight: float) -> np.ndarray:
         """Keep account of the change."""
         before = self.weights.double()
         changed = super().finish_exchange(total_weight)
@@ -210,8 +210,8 @@ class ScriptedFederation(Federation):
         if "residual" not in state.arrays:
             return np.zeros(self.strategy.dimension, np.float32)
         residual = state.arrays["residual"].copy()
-        if self.strategy.clients[client].accepted == state.uploaded:
-            residual[state.arrays["mask"]] = 0
+        if self.strategy.clients[client].used == state.uploaded:
+            residual[state.arrays["sent"]] = 0
         return residual
 
 
@@ -336,9 +336,11 @@ class Reference:
         self.was_above = above
 
 
-def _votes_sent(node: Node, number: int, frozen: int) -> list[bool]:
-    arrays = parse_tensors(node.sent[number].tensors)
-    return Reader(arrays, "gwpf", 24).bitmap(frozen).tolist()
+def _votes_sent(
+    federation: Federation, client: int, number: int, frozen: int
+) -> list[bool]:
+    answer = federation.nodes[client].sent[number]
+    return payload_of(answer, federation).bitmap(frozen).tolist()
 
 
 @pytest.mark.parametrize("thaw_exchange", ["next_round", "same_round"])
@@ -387,7 +389,7 @@ def test_every_round_is_what_the_definition_says(
         votes = reference.play(clients, lively)
         for i in clients:
             assert_array_equal(federation.starts[i][-1], starts[i])
-            sent = _votes_sent(federation.nodes[i], answers[i], frozen)
+            sent = _votes_sent(federation, i, answers[i], frozen)
             assert sent == votes[i], (number, i)
             assert_array_equal(federation.pending(i), reference.residual[i])
         assert server.exchange == reference.exchange

@@ -127,7 +127,7 @@ def test_what_is_not_synchronised_stands_still() -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["fedavg", "gwpf", "apf", "gaia", "gradient_pruning"]
+    "method", ["fedavg", "gwpf", "apf", "gaia", "gradient_pruning", "cmfl"]
 )
 def test_every_method_can_use_one(method: str) -> None:
     """The model moves by the optimiser's step instead of by the mean update."""

@@ -17,11 +17,17 @@ from torch import nn
 from torch.nn import functional
 from torch.testing import assert_close
 
-from gwpf_baseline.learning.flat_model import layers, parameters_to_vector
+from gwpf_baseline.learning.flat_model import Layer, layers, parameters_to_vector
 from gwpf_baseline.learning.training import TrainingConfig
 from gwpf_baseline.methods.shared.sparse import SparseUpload
 from gwpf_baseline.methods.shared.swat import SparseConv2d, SparseLinear, active
-from gwpf_baseline.methods.zerofl import UPLOADS, ZeroFLConfig, adapt, sent
+from gwpf_baseline.methods.zerofl import (
+    UPLOADS,
+    ZeroFLConfig,
+    adapt,
+    csr_bytes,
+    sent,
+)
 from gwpf_baseline.model import MODELS, build_model
 from gwpf_baseline.utils import ConfigError
 
@@ -177,6 +183,23 @@ def test_sent_are_the_largest_of_each_layer(upload: str, mask_ratio: float) -> N
         assert_array_equal(mask[span], expected)
 
 
+LAYERS = [Layer(slice(0, 12), (3, 4)), Layer(slice(12, 15), (3,))]
+LAYERS += [Layer(slice(15, 20), (5, 1))]
+
+
+@given(hnp.arrays(np.bool_, 20))
+def test_csr_is_what_scipy_would_store(mask: np.ndarray) -> None:
+    """Four bytes a value, a column and a row's end; whole tensors as they are."""
+    expected = 0
+    for span, shape in LAYERS:
+        part = mask[span]
+        if len(shape) == 1 or part.all():
+            expected += 4 * part.size
+        else:
+            expected += 8 * sum(part.tolist()) + 4 * (shape[0] + 1)
+    assert csr_bytes(mask, LAYERS) == expected
+
+
 TRAINING = TrainingConfig(local_steps=3, batch_size=8, lr=0.2)
 
 
@@ -208,6 +231,8 @@ def test_the_server_averages_what_clients_send(upload: str) -> None:
         assert nobody.any() and (after[nobody] == stays).all()
         # 96 of 320, 15 of 50, and 25 that are sent whole.
         assert record.sent_fraction == pytest.approx(136 / 395)
+        # Of five rows and of ten, from each of three clients.
+        assert record.csr_bytes == 3 * (8 * 96 + 4 * 6 + 8 * 15 + 4 * 11 + 4 * 25)
     assert all("residual" not in node.state.arrays for node in federation.nodes)
 
 
