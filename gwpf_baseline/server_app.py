@@ -15,6 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from safetensors.torch import save_file
 
+from gwpf_baseline.callbacks import (
+    Checkpoints,
+    Evaluation,
+    OnRound,
+    StopAt,
+)
 from gwpf_baseline.config import (
     Workbench,
     from_run_config,
@@ -25,12 +31,6 @@ from gwpf_baseline.config import (
 )
 from gwpf_baseline.learning.flat_model import FlatModel, to_ndarrays
 from gwpf_baseline.learning.training import evaluate
-from gwpf_baseline.records.callbacks import (
-    Checkpoints,
-    Evaluation,
-    OnRound,
-    StopAt,
-)
 from gwpf_baseline.records.checkpoint import CheckpointFolder
 from gwpf_baseline.records.display import Display, closing_table
 from gwpf_baseline.records.history import History

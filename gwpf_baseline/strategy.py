@@ -32,13 +32,13 @@ from torch import nn
 from gwpf_baseline.exchange.coding import WireError
 from gwpf_baseline.exchange.header import Kind
 from gwpf_baseline.exchange.messages import ClientRecord, size_of
-from gwpf_baseline.exchange.method_server import MethodServer, Upload
 from gwpf_baseline.exchange.network import Network
 from gwpf_baseline.exchange.payload import Part, Sizes, as_tensor
 from gwpf_baseline.exchange.roster import Roster
 from gwpf_baseline.learning.flat_model import (
     to_ndarrays,
 )
+from gwpf_baseline.learning.method_server import MethodServer, Upload
 from gwpf_baseline.records.books import Books
 from gwpf_baseline.records.checkpoint import as_arrays, as_tensors
 from gwpf_baseline.records.history import RoundRecord, from_rows
@@ -52,7 +52,7 @@ Failures = Sequence[tuple[ClientProxy, FitRes] | BaseException]
 class Callback:
     """What happens around a round; a user's own take their place beside ours.
 
-    ``gwpf_baseline.records.callbacks`` has those of every run.
+    ``gwpf_baseline.callbacks`` has those of every run.
     """
 
     def measure(self, strategy: "SyncStrategy", number: int) -> dict[str, float]:
@@ -112,7 +112,7 @@ class SyncStrategy(MethodServer[Upload], Strategy):
     round_timeout : float, optional
         Seconds to wait for a client in a follow-up exchange; default: no limit.
     **options : object
-        Those of :class:`~gwpf_baseline.exchange.method_server.MethodServer`: `config`,
+        Those of :class:`~gwpf_baseline.learning.method_server.MethodServer`: `config`,
         `seed`, `weighting`, `server_optimizer`, `quantization`.
 
     Attributes

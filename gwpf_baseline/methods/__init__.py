@@ -1,7 +1,7 @@
 """The methods: one file a paper, both halves in it.
 
 A method is a configuration, a strategy and a client. The strategy says what becomes of
-uploads (:class:`~gwpf_baseline.exchange.method_server.MethodServer` lists all that it
+uploads (:class:`~gwpf_baseline.learning.method_server.MethodServer` lists all that it
 can decide), the client what it uploads. Here is a whole one, a majority vote on the
 direction of each coordinate:
 

@@ -20,14 +20,10 @@ import numpy as np
 import torch
 
 from gwpf_baseline.exchange.payload import Header, Reader, Writer, as_tensor
-from gwpf_baseline.learning.client import (
-    ClientState,
-    LostState,
-    SyncClient,
-    Task,
-    drifted,
-)
+from gwpf_baseline.learning.client import SyncClient
 from gwpf_baseline.learning.flat_model import cache_blocks
+from gwpf_baseline.learning.method_client import LostState, Task, drifted
+from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.learning.training import StepHook
 from gwpf_baseline.methods import Method
 from gwpf_baseline.methods.shared.stability import Stability

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from gwpf_baseline.exchange.payload import Reader, Writer
-from gwpf_baseline.learning.client import SyncClient, Task
+from gwpf_baseline.learning.client import SyncClient
+from gwpf_baseline.learning.method_client import Task
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.methods import Method
 from gwpf_baseline.methods.fedavg import FedAvgStrategy

@@ -14,7 +14,8 @@ import torch
 
 from gwpf_baseline.exchange.messages import EVERYTHING
 from gwpf_baseline.exchange.payload import Reader, Writer, as_tensor
-from gwpf_baseline.learning.client import SyncClient, Task
+from gwpf_baseline.learning.client import SyncClient
+from gwpf_baseline.learning.method_client import Task
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.methods import Method
 from gwpf_baseline.strategy import SyncStrategy

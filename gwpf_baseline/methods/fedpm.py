@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from gwpf_baseline.exchange.payload import Part, Reader, WireError, Writer
-from gwpf_baseline.learning.client import SyncClient, Task
+from gwpf_baseline.learning.client import SyncClient
+from gwpf_baseline.learning.method_client import Task
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.methods import Method
 from gwpf_baseline.methods.shared.masked_network import (

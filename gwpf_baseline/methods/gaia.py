@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from gwpf_baseline.exchange.payload import Writer
-from gwpf_baseline.learning.client import Task
+from gwpf_baseline.learning.method_client import Task
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.methods import Method
 from gwpf_baseline.methods.shared.sparse import SparseClient, SparseStrategy

@@ -15,7 +15,7 @@ others, adding to them until they are.
 from dataclasses import dataclass
 
 from gwpf_baseline.exchange.payload import Writer
-from gwpf_baseline.learning.client import Task
+from gwpf_baseline.learning.method_client import Task
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.methods import Method
 from gwpf_baseline.methods.shared.pruning import above_threshold, largest_share

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from gwpf_baseline.exchange.payload import Reader, Writer, as_tensor
-from gwpf_baseline.learning.client import SyncClient, Task, drifted
+from gwpf_baseline.learning.client import SyncClient
 from gwpf_baseline.learning.flat_model import cache_blocks
+from gwpf_baseline.learning.method_client import Task, drifted
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.methods import Method
 from gwpf_baseline.methods.shared.pruning import share

@@ -19,7 +19,8 @@ import torch
 from gwpf_baseline.exchange.coding import WireError
 from gwpf_baseline.exchange.messages import ClientRecord
 from gwpf_baseline.exchange.payload import Part, Reader, Sections, Sizes, Writer
-from gwpf_baseline.learning.client import SyncClient, Task
+from gwpf_baseline.learning.client import SyncClient
+from gwpf_baseline.learning.method_client import Task
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.methods import Method
 from gwpf_baseline.methods.shared.pruning import largest, share

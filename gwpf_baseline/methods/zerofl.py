@@ -15,8 +15,8 @@ import numpy as np
 from torch import nn
 
 from gwpf_baseline.exchange.payload import Writer
-from gwpf_baseline.learning.client import Task
 from gwpf_baseline.learning.flat_model import Layer, values_per_layer
+from gwpf_baseline.learning.method_client import Task
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.methods import Method
 from gwpf_baseline.methods.shared.pruning import largest_share
