@@ -281,8 +281,8 @@ def _markdown(table: Table, groups: Groups) -> str:
 
 def _origin(study: str, jobs: Mapping[str, Sequence[Job]]) -> str:
     counts = sorted({len(row) for row in jobs.values()})
-    seeds = " or ".join("0" if n == 1 else f"0 to {n - 1}" for n in counts)
-    return f"`python benchmarks/study.py {study}`, seeds {seeds}, release {_version()}."
+    seeds = " or ".join("seed 0" if n == 1 else f"seeds 0 to {n - 1}" for n in counts)
+    return f"`python benchmarks/study.py {study}`, {seeds}, release {_version()}."
 
 
 def _version() -> str:

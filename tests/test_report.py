@@ -1,22 +1,19 @@
 """Runs side by side: the right runs in the right rows, and numbers to be trusted."""
 
 import csv
-import functools
 import math
 import os
 import shutil
 import statistics
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from finished_runs import RECORDS, make_record, make_run
 from matplotlib.image import imread
-from omegaconf import OmegaConf
 
-from gwpf_baseline.config import compose_config
-from gwpf_baseline.records.history import COLUMNS, History, RoundRecord, read_history
+from gwpf_baseline.records.history import COLUMNS, History, read_history
 from gwpf_baseline.records.target import metric_of
 from gwpf_baseline.report.__main__ import main
 from gwpf_baseline.report.groups import check_comparable, group_runs
@@ -28,70 +25,6 @@ FIGURES = {"metric_rounds.png", "metric_bytes.png", "metric_time.png", "frozen.p
 FIGURES |= {"bandwidth.png"}
 # Three seeds of one method, as unlike as seeds are; the third diverges.
 ACCURACIES = [[0.5, None, 0.8, 0.9], [0.4, None, 0.95, 0.85], [0.3, None, 0.2, 0.1]]
-
-
-def make_record(number: int, **changes: Any) -> RoundRecord:
-    """Make the record of a round that costs 1 kB up and 2 kB down."""
-    record = RoundRecord(
-        round=number,
-        seconds=0.1 * number,
-        test_accuracy=1 - 1 / (number + 1),
-        test_loss=1 / number,
-        train_loss=1 / (number + 2),
-        uplink_bytes=1000,
-        downlink_bytes=2000,
-        cumulative_uplink_bytes=1000 * number,
-        cumulative_downlink_bytes=2000 * number,
-        dense_bytes=12000 * number,
-        frozen_fraction=None,
-        sent_fraction=None,
-        clients=10,
-        failures=0,
-        compute_seconds=0.5,
-        modelled_seconds=2.0 * number,
-        uplink_bits_per_parameter=8.0 * number,
-        downlink_bits_per_parameter=32.0,
-        csr_bytes=1500,
-        mean_accuracy=0.5 + 0.01 * number,
-        uplink_value_bytes=600,
-        uplink_position_bytes=300,
-        uplink_overhead_bytes=100,
-        downlink_value_bytes=1500,
-        downlink_buffer_bytes=500,
-    )
-    return replace(record, **changes)
-
-
-RECORDS = [make_record(number) for number in range(1, 4)]
-composed = functools.cache(lambda *overrides: compose_config(overrides))
-
-
-def make_run(
-    folder: Path,
-    *overrides: str,
-    records: Sequence[RoundRecord] = RECORDS,
-    metric: str = "accuracy",
-    **values: Any,
-) -> Path:
-    """Write the files of a run that are read, as a server writes them."""
-    cfg = composed(*overrides).copy()
-    OmegaConf.set_struct(cfg, False)
-    for key, value in {"num_rounds": len(records), **values}.items():
-        OmegaConf.update(cfg, key.replace("__", "."), value, force_add=True)
-    history = History(folder)
-    OmegaConf.save(cfg, folder / "config.yaml")
-    for record in records:
-        history.add(record)
-    history.write_summary(
-        method=cfg.method.name,
-        dataset=cfg.dataset.name,
-        model=cfg.model.name,
-        seed=cfg.seed,
-        parameters=50,
-        metric=metric,
-    )
-    history.close()
-    return folder
 
 
 def labels(*folders: Path) -> list[str]:
