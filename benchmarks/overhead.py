@@ -13,85 +13,59 @@ from typing import Any
 
 import torch
 from _common import add_data_option, parser, show
-from flwr.common import (
-    Context,
-    FitIns,
-    FitRes,
-    GetPropertiesIns,
-    GetPropertiesRes,
-    RecordDict,
-)
-from flwr.server import Server, SimpleClientManager
-from flwr.server.client_proxy import ClientProxy
+from flwr.common import Context, FitIns, FitRes
+from omegaconf import DictConfig
 
 from gwpf_baseline.client_app import make_client
 from gwpf_baseline.config import checked, compose_config, workbench
-from gwpf_baseline.learning.client import ClientState
+from gwpf_baseline.learning.client import SyncClient
+from gwpf_baseline.learning.state import ClientState
+from gwpf_baseline.local import LocalFederation, LocalNode
+from gwpf_baseline.server_app import make_strategy
 
 METHODS = ("fedavg", "gwpf", "gwpf_paper", "apf", "gaia", "cmfl")
 # Steps and samples that a processor does within a second or so.
 MODELS = {"lenet5": (10, 100), "resnet18": (2, 10)}
 
 
-class Node(ClientProxy):
-    """A node whose client runs here, and which notes how long it takes."""
+class Node(LocalNode):
+    """A node that notes how long its client takes.
 
-    def __init__(self, partition: int, cfg: Any) -> None:
-        super().__init__(str(partition))
-        self.context = Context(
-            0, partition, {"partition-id": partition}, RecordDict(), {}
-        )
-        self.cfg = cfg
-        self.seconds = 0.0  # of the client's part
-        self.away = 0.0  # and with the building of the client
+    Attributes
+    ----------
+    seconds : float
+        Of the client's part.
+    away : float
+        And with the building of the client.
+    """
+
+    seconds = away = 0.0
 
     def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
         """Let the client train."""
         called = time.perf_counter()
-        client = make_client(self.cfg, self.context, "unused").to_client()
+        client = self.build(self.context).to_client()
         started = time.perf_counter()
         answer = client.fit(ins)
         self.seconds += time.perf_counter() - started
         self.away += time.perf_counter() - called
         return answer
 
-    def get_properties(
-        self, ins: GetPropertiesIns, timeout: float | None, group_id: int | None
-    ) -> GetPropertiesRes:
-        """Ask the client who it is."""
-        client = make_client(self.cfg, self.context, "unused").to_client()
-        return client.get_properties(ins)
 
-    def _never(self, *_: Any) -> Any:
-        raise NotImplementedError
-
-    # Nobody calls these; the base class wants them.
-    get_parameters = evaluate = reconnect = _never  # type: ignore[assignment]
-
-
-class Federation:
+class Federation(LocalFederation):
     """One method's server and nodes."""
 
-    def __init__(self, overrides: list[str]) -> None:
-        cfg = checked(compose_config(overrides))
-        bench = workbench(cfg)
-        self.strategy = bench.method.strategy(
-            bench.model, config=bench.method_config, num_clients=cfg.num_clients
-        )
-        self.server = Server(
-            client_manager=SimpleClientManager(), strategy=self.strategy
-        )
-        self.server.set_max_workers(1)
-        self.nodes = [Node(i, cfg) for i in range(cfg.num_clients)]
-        for node in self.nodes:
-            self.server.client_manager().register(node)
-        self.rounds = 0
+    nodes: list[Node]  # type: ignore[assignment]
 
-    def play(self) -> tuple[float, float]:
+    def __init__(self, cfg: DictConfig) -> None:
+        nodes = [Node(i, partial(_client, cfg)) for i in range(cfg.num_clients)]
+        super().__init__(make_strategy(cfg, workbench(cfg)), nodes)
+
+    def timed(self) -> tuple[float, float]:
         """Play a round; return a client's and the server's seconds."""
-        self.rounds += 1
         for node in self.nodes:
             node.seconds = node.away = 0.0
+        self.rounds += 1
         started = time.perf_counter()
         self.server.fit_round(self.rounds, timeout=None)
         seconds = time.perf_counter() - started
@@ -107,6 +81,10 @@ class Federation:
         kept = self.strategy.method_state().values()
         server = sum(value.nbytes for value in kept if torch.is_tensor(value))
         return client, server
+
+
+def _client(cfg: DictConfig, context: Context) -> SyncClient:
+    return make_client(cfg, context, "unused")
 
 
 def main() -> None:
@@ -132,7 +110,7 @@ def measure(model: str, steps: int, batch: int, options: Any) -> None:
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in METHODS}
     for _ in range(options.rounds):
         for name, federation in federations.items():
-            times[name].append(federation.play())
+            times[name].append(federation.timed())
     rows = []
     dimension = federations["fedavg"].strategy.dimension
     medians = {
@@ -152,7 +130,7 @@ def measure(model: str, steps: int, batch: int, options: Any) -> None:
 
 
 def _build(common: list[str], method: str) -> Federation:
-    return Federation([*common, f"method={method}"])
+    return Federation(checked(compose_config([*common, f"method={method}"])))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ each frozen one, whose entropy is that of a coin that falls on its side as often
 
 import numpy as np
 from _common import parser, show
-from flwr.common import ndarrays_to_parameters
 
-from gwpf_baseline.exchange.payload import Header, Kind, Writer
+from gwpf_baseline.exchange.header import Header, Kind
+from gwpf_baseline.exchange.messages import size_of
+from gwpf_baseline.exchange.payload import Writer, to_parameters
 
 DIMENSIONS = (61_706, 11_200_000)  # LeNet-5 and ResNet-18
 DENSITIES = (0.001, 0.01, 0.02, 0.1, 0.5)  # of active coordinates, and of votes
@@ -27,8 +28,7 @@ def main() -> None:
             writer = Writer(header)
             writer.bitmap(votes)
             writer.vector(rng.standard_normal(active, np.float32))
-            parameters = ndarrays_to_parameters(writer.arrays())
-            size = sum(len(tensor) for tensor in parameters.tensors)
+            size = size_of(to_parameters(writer.payload()))
             bits = 32 * active + votes.size * binary_entropy(votes.mean())
             ratio = 8 * size / bits
             rows.append(

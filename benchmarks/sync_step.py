@@ -21,16 +21,14 @@ from flwr.common import Context, RecordDict
 from torch import nn
 
 from gwpf_baseline.config import compose_config, training_config, workbench
-from gwpf_baseline.exchange.payload import (
-    Header,
-    Kind,
-    Writer,
-    decode_bitmap,
-    encode_bitmap,
-)
-from gwpf_baseline.learning.client import ClientState, SyncClient, Task
+from gwpf_baseline.exchange.coding import decode_bitmap, encode_bitmap
+from gwpf_baseline.exchange.header import Header, Kind
+from gwpf_baseline.exchange.payload import Part, Writer
+from gwpf_baseline.learning.client import SyncClient
 from gwpf_baseline.learning.flat_model import FlatModel
-from gwpf_baseline.learning.training import Batches
+from gwpf_baseline.learning.method_client import Task
+from gwpf_baseline.learning.state import ClientState
+from gwpf_baseline.learning.training import Batches, StepHook
 from gwpf_baseline.methods import Method, load_method
 from gwpf_baseline.methods.fedavg import FedAvgStrategy
 from gwpf_baseline.methods.gwpf import GWPFStrategy, GWPFUpload
@@ -55,7 +53,12 @@ class Vector(nn.Module):
 class Uncoded(Writer):
     """A payload whose bitmaps are dropped: their coding has rows of its own."""
 
-    def bitmap(self, bits: BoolVector, expected: np.ndarray | None = None) -> None:
+    def bitmap(
+        self,
+        bits: BoolVector,
+        expected: np.ndarray | None = None,
+        part: Part = Part.POSITIONS,
+    ) -> None:
         """Do nothing."""
 
 
@@ -139,7 +142,7 @@ def gwpf_server(
 
     def step(cohort: Sequence[int]) -> None:
         strategy.mask, strategy.thawed = mask, ~mask
-        strategy.follow_up = follow_up
+        strategy.messages.follow_up = follow_up
         strategy.begin_exchange()
         count = strategy.value_sum.numel()
         for client in cohort:
@@ -180,7 +183,7 @@ def client_step(
             start: torch.Tensor,
             task: Task,
             state: ClientState,
-            on_step: Callable[[torch.Tensor], None] | None = None,
+            on_step: StepHook | None = None,
         ) -> tuple[torch.Tensor, float]:
             """Return the prepared delta."""
             if on_step is not None:
