@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,6 +75,19 @@ def test_every_choice_of_every_group_composes() -> None:
         ("precision=fp8", "precision=fp8: must be one of fp32, tf32, bf16"),
         ("weighting=mass", "weighting=mass: must be one of uniform, examples"),
         ("seed=-1", "seed=-1: must be a whole number >= 0"),
+        ("stop_at=0", "stop_at=0: must be an accuracy in (0, 1]"),
+        ("stop_at=1.1", "stop_at=1.1: must be an accuracy in (0, 1]"),
+        ("stop_at=nan", "stop_at=nan: must be an accuracy in (0, 1]"),
+        ("stop_at=true", "stop_at=True: must be an accuracy in (0, 1]"),
+        ("stop_at=soon", "stop_at=soon: must be an accuracy in (0, 1]"),
+        (
+            "dataset=wikitext2 model=transformer stop_at=0.9",
+            "stop_at=0.9: must be a perplexity >= 1",
+        ),
+        (
+            "dataset=wikitext2 model=transformer stop_at=inf",
+            "stop_at=inf: must be a perplexity >= 1",
+        ),
         ("verbose=3", "verbose=3: must be true or false"),
         ("round_timeout=0", "round_timeout=0: must be seconds > 0, or null"),
         ("client_resources.num_cpus=4096", "client_resources.num_cpus=4096: must be"),
@@ -204,15 +218,46 @@ def test_run_config_reaches_the_same_configuration() -> None:
     assert from_run_config(run_config) == checked(compose_config(overrides))
 
 
+def test_flowers_run_configuration_has_the_keys_of_ours() -> None:
+    """In their order and left as they are; ``overrides`` takes what it cannot hold."""
+    pyproject = (config_dir().parent / "pyproject.toml").read_text(encoding="utf-8")
+    keys = tomllib.loads(pyproject)["tool"]["flwr"]["app"]["config"]
+    assert set(keys.values()) == {""} and keys.pop("overrides") == ""
+    ours = OmegaConf.load(config_dir() / "config.yaml")
+    groups = [key for entry in ours.defaults if entry != "_self_" for key in entry]
+    # Groups of keys without files, and what a machine sets rather than a run.
+    others = ["quantization", "network", "client_resources", "hydra", "defaults"]
+    others += ["client_threads", "connect_timeout", "round_timeout"]
+    assert [*groups, *(key for key in ours if key not in others)] == list(keys)
+    assert set(others) < set(ours)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "target"),
+    [
+        ([], None),
+        (["stop_at=0.95"], 0.95),
+        (["stop_at=1"], 1),
+        (["stop_at=120.5", "dataset=wikitext2", "model=transformer"], 120.5),
+    ],
+)
+def test_a_run_can_be_told_where_to_stop(
+    overrides: list[str], target: float | None
+) -> None:
+    """At an accuracy or a perplexity, as the data is measured by; else at its end."""
+    assert checked(compose_config(overrides)).stop_at == target
+
+
 def test_resume_takes_the_saved_configuration(tmp_path: Path) -> None:
     """Only what does not change the history may be changed."""
     first = ["lr=0.1", "method.thaw_budget=0.3", "num_rounds=5"]
     saved = checked(compose_config(first))
     OmegaConf.save(saved, tmp_path / "config.yaml")
 
-    overrides = [f"resume={tmp_path}", "num_rounds=9", "lr=0.1"]
+    overrides = [f"resume={tmp_path}", "num_rounds=9", "stop_at=0.9", "lr=0.1"]
     cfg = resumed(checked(compose_config(overrides)), overrides)
-    assert cfg == OmegaConf.merge(saved, {"num_rounds": 9, "resume": str(tmp_path)})
+    changed = {"num_rounds": 9, "stop_at": 0.9, "resume": str(tmp_path)}
+    assert cfg == OmegaConf.merge(saved, changed)
 
     overrides = [f"resume={tmp_path}", "lr=0.2"]
     with pytest.raises(ConfigError, match="lr=0.2: must be 0.1, as in the run"):
