@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from sklearn.datasets import load_digits
 from torch import nn
 
+from gwpf_baseline.callbacks import Checkpoints
 from gwpf_baseline.client_app import make_client
 from gwpf_baseline.config import (
     quantization_config,
@@ -23,13 +24,13 @@ from gwpf_baseline.config import (
 )
 from gwpf_baseline.data.task import TaskData
 from gwpf_baseline.exchange.payload import Reader, from_parameters, to_parameters
-from gwpf_baseline.learning.client import SyncClient, Task
+from gwpf_baseline.learning.client import SyncClient
 from gwpf_baseline.learning.flat_model import FlatModel, parameters_to_vector
+from gwpf_baseline.learning.method_client import Task
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.learning.training import Batches, StepHook, TrainingConfig
 from gwpf_baseline.local import LocalFederation, LocalNode
 from gwpf_baseline.methods import load_method
-from gwpf_baseline.records.callbacks import Checkpoints
 from gwpf_baseline.records.checkpoint import CheckpointFolder
 from gwpf_baseline.strategy import Callback
 
@@ -264,7 +265,15 @@ def scripted(
 
     def build(client: int, context: Context) -> SyncClient:
         batches = Batches(data, np.arange(1), 0, client)
-        built = played(context, flat, initial, batches, TrainingConfig(), config=config)
+        built = played(
+            context,
+            flat,
+            initial,
+            batches,
+            TrainingConfig(),
+            config=config,
+            quantization=strategy.get("quantization"),
+        )
         built.script, built.starts = script, []
         return built
 

@@ -407,8 +407,9 @@ def test_votes_and_values_cost_what_they_say(density: float) -> None:
     share = votes.mean()
     entropy = -votes.size * sum(p * math.log2(p) for p in (share, 1 - share))
     code = encode_bitmap(votes)
-    announced = [votes.size, np.count_nonzero(votes), len(code) // 4]
-    words = len(code) - sum(len(encode_number(int(number))) for number in announced)
+    ones = int(np.count_nonzero(votes))
+    announced = b"".join(map(encode_number, (votes.size, ones, len(code) // 4)))
+    words = len(code) - len(announced)
     assert words % 4 == 0 and 8 * words <= 1.01 * entropy + 64
     assert len(tensor) - words - 4 * active <= 175
     if density == 0.02:
