@@ -1,0 +1,60 @@
+"""Every benchmark runs to its end, as small as it can be made."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+# What each script is given, and what it prints above its table.
+SIMULATED = ["--clients=2", "--steps=1", "--rounds=2", "--warm-up=1", "--repeats=1"]
+SCRIPTS = {
+    "payload_size.py": ([], "One upload"),
+    "study.py": (["mnist", "--dry-run"], "python -m gwpf_baseline.main dataset=mnist"),
+    "sync_step.py": (
+        ["--dimension=1000", "--clients=2", "--repeats=1"],
+        "One synchronisation",
+    ),
+}
+# Those that train need MNIST or CIFAR-10.
+ON_DATA = {
+    "overhead.py": (["--clients=1", "--rounds=1"], "A round of lenet5: "),
+    "round_time.py": (SIMULATED, "One round, LeNet-5 on MNIST"),
+    "template_client.py": (SIMULATED, "LeNet-5 on MNIST"),
+}
+
+
+def output_of(script: str, options: list[str]) -> str:
+    """Run a script, which must succeed."""
+    result = subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *options],
+        cwd=BENCHMARKS.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def test_no_script_is_forgotten() -> None:
+    """A new one needs an entry above."""
+    scripts = {script.name for script in BENCHMARKS.glob("[!_]*.py")}
+    assert scripts == SCRIPTS.keys() | ON_DATA.keys()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script(script: str) -> None:
+    """It ends well and has measured something."""
+    options, title = SCRIPTS[script]
+    assert title in output_of(script, options)
+
+
+@pytest.mark.parametrize("script", ON_DATA)
+def test_a_script_that_trains(script: str, data_root: Path) -> None:
+    """The same, on real data."""
+    options, title = ON_DATA[script]
+    assert title in output_of(script, [*options, "--data", str(data_root)])
