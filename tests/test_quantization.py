@@ -6,15 +6,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federation import small
+from federation import lose, scripted, small
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.testing import assert_allclose, assert_array_equal
 
-from gwpf_baseline.exchange.payload import Header, Kind, Reader, WireError, Writer
+from gwpf_baseline.exchange.coding import WireError
+from gwpf_baseline.exchange.header import Header, Kind
+from gwpf_baseline.exchange.payload import Reader, Writer
 from gwpf_baseline.exchange.quantization import Quantization, dequantize, quantize
 from gwpf_baseline.learning.training import TrainingConfig
+from gwpf_baseline.records.history import RoundRecord
 from gwpf_baseline.utils import ConfigError
 
 TRAINING = TrainingConfig(local_steps=2, batch_size=8, lr=0.2)
@@ -71,10 +74,12 @@ def test_the_seed_decides() -> None:
     assert np.any(first != other)
 
 
-def _sent(quantization: Quantization, values: np.ndarray, counts: Sequence[int]) -> Any:
+def _sent(
+    quantization: Quantization, values: np.ndarray, counts: Sequence[int]
+) -> bytes:
     writer = Writer(HEADER)
     quantization.write_update(writer, values, counts, seed=0)
-    return writer.arrays()
+    return writer.payload()
 
 
 @pytest.mark.parametrize("bits", [8, 16, 32])
@@ -83,7 +88,8 @@ def _sent(quantization: Quantization, values: np.ndarray, counts: Sequence[int])
 def test_what_is_written_can_be_read(
     bits: int, fp16: bool, values: np.ndarray, counts: list[int]
 ) -> None:
-    """Each value is close to what was sent, and nothing is left over."""
+    """Each value is close to what was sent, nothing is left over, and the sender knows
+    to the bit what arrives."""
     quantization = Quantization(bits, fp16)
     reader = Reader(_sent(quantization, values, counts), "test", 20)
     back = quantization.read_update(reader, counts)
@@ -94,6 +100,10 @@ def test_what_is_written_can_be_read(
         assert_array_equal(back, expected.astype(np.float32))
     elif bits == 32:
         assert_array_equal(back, values)
+    writer = Writer(HEADER)
+    received = quantization.write_update(writer, values, counts, seed=0)
+    assert received.dtype == np.float32
+    assert_array_equal(received.view(np.uint32), back.view(np.uint32))
 
 
 def test_another_precision_is_refused() -> None:
@@ -118,16 +128,17 @@ def test_a_hostile_step_is_refused(step: float) -> None:
     writer.vector(np.array([step], np.float32))
     writer.vector(np.full(20, 127, np.int8))
     with pytest.raises(WireError, match="step|NaN"):
-        Quantization(8).read_update(Reader(writer.arrays(), "test", 20), [20])
+        Quantization(8).read_update(Reader(writer.payload(), "test", 20), [20])
 
 
-METHODS = ["fedavg", "gwpf", "apf", "gaia", "cmfl", "gradient_pruning"]
+METHODS = ["fedavg", "gwpf", "apf", "gaia", "cmfl", "gradient_pruning", "zerofl"]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_that_sends_values_sends_fewer_bits(method: str) -> None:
     """It learns as before; values cost a quarter, and half with half precision."""
-    sizes: dict[tuple[int, bool], tuple[int, int]] = {}
+    firsts: list[RoundRecord] = []
+    downlinks: list[int] = []
     losses = []
     options = {"freeze_rule": "threshold"} if method == "gwpf" else {}
     for bits, fp16 in ((32, False), (8, False), (32, True)):
@@ -141,15 +152,116 @@ def test_every_method_that_sends_values_sends_fewer_bits(method: str) -> None:
         first = federation.play()
         last = federation.play(11)
         assert last.failures == 0 and federation.strategy.records[1].failures == 0
-        sizes[bits, fp16] = first.uplink_bytes, last.cumulative_downlink_bytes
+        firsts.append(first)
+        downlinks.append(last.cumulative_downlink_bytes)
         assert first.train_loss is not None and last.train_loss is not None
         losses.append(last.train_loss)
         assert last.train_loss < first.train_loss
     assert_allclose(losses, losses[0], rtol=0.1)
-    exact, rounded, half = (sizes[key] for key in sizes)
-    # Beside the values there are headers, buffers and masks.
-    assert rounded[0] < exact[0] - 2 * 3 * 300 and rounded[1] <= exact[1] * 1.05
-    assert half[0] < exact[0] - 3 * 300 and half[1] < exact[1]
+    exact, rounded, half = (record.uplink_value_bytes for record in firsts)
+    # Beside the values there are their types and numbers, and a step for each tensor.
+    assert rounded <= exact / 4 + 3 * (3 + 2 + 6 * 4)
+    assert half <= exact / 2 + 3 * 3
+    assert len({record.uplink_position_bytes for record in firsts}) == 1
+    saved = [firsts[0].uplink_bytes - record.uplink_bytes for record in firsts]
+    assert saved[1] >= exact - rounded - 9 and saved[2] >= exact - half - 9
+    assert downlinks[1] <= downlinks[0] * 1.05 and downlinks[2] < downlinks[0]
+
+
+# ---- error feedback -----------------------------------------------------------------
+
+ROUNDINGS = [Quantization(8), Quantization(16), Quantization(fp16=True)]
+
+
+def _steps(client: int, exchange: int) -> np.ndarray:
+    """Return steps of which one is large, so that the others are mostly rounded
+    away."""
+    steps = np.full((1, 24), 1e-3 * (1 + client), np.float32)
+    steps[:, 0] = 1.0
+    return steps
+
+
+@pytest.mark.parametrize("quantization", ROUNDINGS, ids=["8", "16", "half"])
+@pytest.mark.parametrize("method", ["fedavg", "cmfl", "gwpf", "apf"])
+def test_what_rounding_leaves_out_is_sent_later(
+    method: str, quantization: Quantization
+) -> None:
+    """After any number of rounds the sum of what arrived is the sum of what was
+    learned, but for what one rounding can leave out."""
+    # Neither freezes what changes by the same amount each time.
+    options: dict[str, Any] = {"cmfl": {"threshold": 0.0}}.get(method, {})
+    if method == "gwpf":
+        options = {"freeze_rule": "threshold"}
+    federation = scripted(method, _steps, options, 2, quantization=quantization)
+    rounds = 60
+    federation.play(rounds)
+    assert all(record.failures == 0 for record in federation.strategy.records)
+    learned = np.mean([rounds * _steps(client, 1)[0] for client in (0, 1)], axis=0)
+    if quantization.fp16:
+        most = 2.0**-11 * 1.1
+    else:
+        most = 1.1 / (2 ** (quantization.bits - 1) - 1)
+    # The large coordinate is the step's own measure.
+    arrived = federation.strategy.weights.numpy() - 1.0
+    assert_allclose(arrived[1:], learned[1:], rtol=0, atol=most + 1e-5)
+    assert_allclose(arrived[0], learned[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("quantization", ROUNDINGS, ids=["8", "16", "half"])
+@pytest.mark.parametrize("method", ["fedavg", "gwpf"])
+def test_the_residual_is_what_the_server_did_not_get(
+    method: str, quantization: Quantization
+) -> None:
+    """Once an upload was used, what stays of it is its rounding, to the bit."""
+    options = {"freeze_rule": "threshold"} if method == "gwpf" else {}
+    federation = scripted(method, _steps, options, 1, quantization=quantization)
+    strategy, node = federation.strategy, federation.nodes[0]
+    federation.play()
+    due = _steps(0, 1)[0] + np.float32(0)
+    arrived = strategy.weights.numpy() - np.float32(1)
+    left_out = node.state.arrays["left_out"].copy()
+    assert np.count_nonzero(left_out) > 0
+    assert_allclose(arrived + left_out, due, rtol=0, atol=1e-6)
+    seen: list[np.ndarray] = []
+    build = node.build
+
+    def watched(context: Any) -> Any:
+        client = build(context)
+        settle = client.settle
+
+        def settled(state: Any) -> None:
+            settle(state)
+            seen.append(state.arrays["residual"].copy())
+
+        client.settle = settled  # type: ignore[method-assign]
+        return client
+
+    node.build = watched
+    federation.play()
+    (residual,) = seen
+    assert_array_equal(residual, left_out)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "gwpf"])
+def test_the_rounding_of_a_lost_upload_is_forgotten(method: str) -> None:
+    """The server has got nothing of it, so nothing of it is missing."""
+    options = {"freeze_rule": "threshold"} if method == "gwpf" else {}
+    quantization = Quantization(8)
+    federation = scripted(method, _steps, options, 2, quantization=quantization)
+    node = federation.nodes[1]
+    federation.play()
+    node.tamper = lose
+    federation.play()
+    before = node.state.arrays["residual"].copy()
+    node.tamper = None
+    federation.play()
+    after = node.state.arrays["residual"]
+    if method == "gwpf":
+        # What it learned stays until it is used, and comes to what it learns next.
+        assert_allclose(after, before + _steps(1, 1)[0], rtol=0, atol=1e-6)
+    else:
+        # FedAvg keeps only what was left out before, and nothing has been since.
+        assert_array_equal(after, before)
 
 
 @pytest.mark.parametrize("bits", [0, 4, 64, 8.5, None, True, "8"])
