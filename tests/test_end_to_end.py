@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from federation import configured
 from PIL import Image
 from pyarrow.parquet import read_table, write_table
 from safetensors.torch import load_file
@@ -26,6 +27,7 @@ from gwpf_baseline.learning.flat_model import (
     parameters_to_vector,
 )
 from gwpf_baseline.learning.training import evaluate
+from gwpf_baseline.methods import method_files
 from gwpf_baseline.methods.shared.network_file import load_network
 from gwpf_baseline.records.history import COLUMNS, RoundRecord, read_history
 
@@ -42,6 +44,8 @@ SMALL = [
     "lr=0.01",
     "seed=7",
 ]
+# Every method as it can be chosen, and so every one that is still to come.
+VARIANTS = sorted(file.stem for file in config_dir().glob("method/*.yaml"))
 TIMES = ("seconds", "compute_seconds", "modelled_seconds")
 
 
@@ -63,6 +67,22 @@ def run(*overrides: str) -> str:
     output, _ = process.communicate(timeout=800)
     assert process.returncode == 0, output
     return output
+
+
+def write_report(*runs: Path, target: float, output: Path) -> str:
+    """Report on runs and return what was printed."""
+    command = ["-m", "gwpf_baseline.report", *map(str, runs), "--target", str(target)]
+    result = subprocess.run(
+        [sys.executable, *command, "--output", str(output)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
 
 
 def rows_without_seconds(folder: Path) -> list[list[str]]:
@@ -137,6 +157,15 @@ def test_files_of_a_run(small_run: Path) -> None:
     ):
         sums = np.cumsum([getattr(record, name) for record in records])
         assert sums.tolist() == [getattr(record, total) for record in records]
+    for record in records:
+        for way in ("uplink", "downlink"):
+            parts = [
+                getattr(record, f"{way}_{part}_bytes")
+                for part in ("value", "position", "buffer", "overhead")
+            ]
+            assert sum(parts) == getattr(record, f"{way}_bytes")
+            assert parts[2] == 0 < parts[3] <= 3 * 100  # LeNet-5 has no buffers
+    assert 0 < records[-1].uplink_position_bytes < records[-1].uplink_value_bytes
 
     summary = json.loads((small_run / "summary.json").read_text())
     last = records[-1]
@@ -233,17 +262,7 @@ def test_apf_freezes_and_is_reported_beside_gwpf(
     assert summary["method"] == "apf"
     assert summary["modelled_seconds"] == modelled[-1]
 
-    command = ["-m", "gwpf_baseline.report", str(folder), str(small_run)]
-    result = subprocess.run(
-        [sys.executable, *command, "--target", "0.1", "--output", str(report)],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout
+    output = write_report(folder, small_run, target=0.1, output=report)
     assert {file.name for file in report.iterdir()} == {
         *("report.md", "report.csv", "metric_rounds.png", "metric_bytes.png"),
         *("metric_time.png", "frozen.png", "bandwidth.png"),
@@ -256,7 +275,29 @@ def test_apf_freezes_and_is_reported_beside_gwpf(
     text = (report / "report.md").read_text(encoding="utf-8")
     assert all(f"]({name.name})" in text for name in report.glob("*.png"))
     for label in ("apf", "gwpf"):
-        assert label in text and label in result.stdout
+        assert label in text and label in output
+
+
+def test_a_run_ends_where_it_is_told_to_and_can_be_reported(tmp_path: Path) -> None:
+    """At the first evaluation that reaches ``stop_at``; no round after it is played."""
+    folder, report = tmp_path / "run", tmp_path / "report"
+    overrides = ["method=fedavg", "num_clients=3", "num_rounds=200", "eval_every=2"]
+    overrides += ["local_steps=10", "lr=0.1", "stop_at=0.5", "partition=iid"]
+    run(*overrides, f"hydra.run.dir={folder}")
+    records = read_history(folder)
+    *before, last = records
+    assert [record.round for record in records] == list(range(1, len(records) + 1))
+    assert 2 <= last.round < 100 and last.round % 2 == 0
+    assert last.test_accuracy is not None and last.test_accuracy >= 0.5
+    assert all((record.test_accuracy or 0) < 0.5 for record in before)
+    assert all(record.clients == 3 for record in records)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["rounds"] == last.round
+    assert summary["final_accuracy"] == last.test_accuracy
+    output = write_report(folder, target=0.5, output=report)
+    assert "fedavg" in output and str(last.round) in output
+    with open(report / "report.csv", newline="", encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == 1
 
 
 def rounds_done(folder: Path) -> int:
@@ -277,14 +318,18 @@ def test_a_wrong_command_line_ends_in_one_line() -> None:
 
 
 def test_sweep_over_methods(data_root: Path, tmp_path: Path) -> None:
-    """``-m`` runs one experiment after the other; here on MNIST."""
+    """``-m`` runs one experiment after the other; here every method, on MNIST."""
+    methods = [variant for variant in VARIANTS if variant in method_files()]
+    assert methods == method_files()
     mnist = ["dataset=mnist", f"dataset.path={data_root / 'mnist'}"]
     run(
         "-m",
-        "method=fedavg,gwpf,gradient_pruning,zerofl,fedpm",
+        f"method={','.join(methods)}",
         *mnist,
         "num_rounds=3",
         "num_clients=3",
+        "eval_every=3",
+        f"client_resources.num_cpus={os.cpu_count() or 1}",
         f"hydra.sweep.dir={tmp_path}",
     )
     summaries, folders = {}, {}
@@ -292,19 +337,27 @@ def test_sweep_over_methods(data_root: Path, tmp_path: Path) -> None:
         summary = json.loads((folder / "summary.json").read_text())
         summaries[summary["method"]] = summary
         folders[summary["method"]] = folder
-    assert len(summaries) == 5
-    # FedPM's network has no biases.
-    sizes = {method: summary["parameters"] for method, summary in summaries.items()}
-    assert sizes.pop("fedpm") == 61706 - 236 and set(sizes.values()) == {61706}
+    assert sorted(summaries) == methods
+    for method, summary in summaries.items():
+        assert summary["rounds"] == 3, method
+        records = read_history(folders[method])
+        assert not any(record.failures for record in records), method
+        assert all(np.isfinite(record.train_loss or np.nan) for record in records)
+        # FedPM's network has no biases.
+        without = 236 if method == "fedpm" else 0
+        assert summary["parameters"] == 61706 - without
+        # Only ZeroFL's paper counts in compressed sparse rows.
+        assert (summary["total_csr_bytes"] is not None) == (method == "zerofl")
     bits = {m: s["uplink_bits_per_parameter"] for m, s in summaries.items()}
     assert bits["fedavg"] == pytest.approx(32, rel=2e-3)
     assert 0 < bits["gwpf"] < 1 and 0 < bits["fedpm"] < 1
+    # A position and a sign for each hundredth.
+    assert 0 < bits["stc"] < 0.15
     assert 1 < bits["zerofl"] < bits["gradient_pruning"] < 33
     ratios = {m: s["traffic_ratio"] for m, s in summaries.items()}
     assert ratios["fedavg"] == pytest.approx(1.0, rel=1e-3)
     assert ratios["gwpf"] < 0.1
-    for method in ("gradient_pruning", "zerofl"):
-        assert summaries[method]["total_csr_bytes"] > 0
+    assert summaries["zerofl"]["total_csr_bytes"] > 0
     # FedPM's network can be rebuilt from a seed and a mask, and measures the same.
     file = folders["fedpm"] / "network.mask"
     assert 8 * file.stat().st_size < 61470
@@ -313,6 +366,27 @@ def test_sweep_over_methods(data_root: Path, tmp_path: Path) -> None:
     accuracy = evaluate(network, workbench(cfg).data)[1]
     assert accuracy == summaries["fedpm"]["final_accuracy"]
     assert 0 < summaries["fedpm"]["final_mean_accuracy"] < 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_of_every_method_plays(variant: str) -> None:
+    """Real training with every file in ``conf/method``, here without processes."""
+    overrides = [f"method={variant}", "num_clients=3", "local_steps=2", "seed=3"]
+    federation = configured(checked(compose_config(overrides)))
+    server = federation.strategy
+    before = server.weights.clone()
+    for number in range(1, 4):
+        record = federation.play()
+        assert (record.round, server.answers, record.failures) == (number, 3, 0)
+        # Only CMFL's clients may answer that they have nothing worth sending.
+        assert record.clients == 3 or variant == "cmfl"
+        assert record.train_loss is not None and record.downlink_bytes > 0
+        assert 0 < record.uplink_bytes < 1.01 * 3 * 4 * server.dimension
+        assert record.sent_fraction is None or 0 <= record.sent_fraction <= 1
+        for node in federation.nodes:
+            assert node.state.version == server.exchange - 1
+    assert server.weights.isfinite().all()
+    assert not torch.equal(server.weights, before)
 
 
 def test_cifar10_with_batch_norm(data_root: Path, tmp_path: Path) -> None:
@@ -400,5 +474,7 @@ def test_records_are_the_designs_columns() -> None:
         "cumulative_uplink_bytes,cumulative_downlink_bytes,dense_bytes,"
         "frozen_fraction,sent_fraction,clients,failures,compute_seconds,"
         "modelled_seconds,uplink_bits_per_parameter,downlink_bits_per_parameter,"
-        "csr_bytes,mean_accuracy"
+        "csr_bytes,mean_accuracy,uplink_value_bytes,uplink_position_bytes,"
+        "uplink_buffer_bytes,uplink_overhead_bytes,downlink_value_bytes,"
+        "downlink_position_bytes,downlink_buffer_bytes,downlink_overhead_bytes"
     )
