@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
 
+from gwpf_baseline.callbacks import Evaluation
 from gwpf_baseline.config import compose_config, workbench
 from gwpf_baseline.exchange.coding import WireError, encode_bitmap
 from gwpf_baseline.exchange.header import Header, Kind
@@ -46,7 +47,6 @@ from gwpf_baseline.methods.shared.network_file import (
     unpack_description,
 )
 from gwpf_baseline.model import build_model
-from gwpf_baseline.records.callbacks import Evaluation
 from gwpf_baseline.records.checkpoint import load_state, save_state
 from gwpf_baseline.server_app import Evaluator
 from gwpf_baseline.utils import ConfigError
