@@ -22,7 +22,7 @@ from gwpf_baseline.learning.flat_model import (
 )
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.learning.training import Batches, StepHook, TrainingConfig, train
-from gwpf_baseline.utils import BoolVector, FloatVector, derive_seed
+from gwpf_baseline.utils import BoolVector, FloatVector
 
 
 @dataclass(frozen=True)
@@ -336,7 +336,6 @@ class MethodClient(ABC):
     def write_update(
         self,
         writer: Writer,
-        task: Task,
         state: ClientState,
         update: FloatVector,
         mask: BoolVector | None = None,
@@ -347,8 +346,6 @@ class MethodClient(ABC):
         ----------
         writer : Writer
             The answer's payload.
-        task : Task
-            What the server asked for.
         state : ClientState
             Notes what is sent, see :meth:`note_sent`.
         update : numpy.ndarray
@@ -356,16 +353,13 @@ class MethodClient(ABC):
         mask : numpy.ndarray, optional
             bool ``(d,)``, the coordinates to send; default: all.
         """
-        seed = derive_seed(
-            self.batches.seed, "rounding", self.batches.client, task.header.exchange
-        )
         values = update if mask is None else update[mask]
         if self.quantization.exact_updates:
-            self.quantization.write_update(writer, values, [values.size], seed)
+            self.quantization.write_update(writer, values, [values.size])
             self.note_sent(state, mask)
             return
         counts = values_per_layer(self.layers, mask)
-        received = self.quantization.write_update(writer, values, counts, seed)
+        received = self.quantization.write_update(writer, values, counts)
         self.note_sent(state, mask, values - received)
 
     def note_sent(

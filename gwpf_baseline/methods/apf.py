@@ -376,7 +376,7 @@ class APFClient(SyncClient):
         else:
             delta, loss = self.train(task.weights, task, state, self._roll_back(task))
         residual += delta.numpy()
-        self.write_update(writer, task, state, residual, task.mask)
+        self.write_update(writer, state, residual, task.mask)
         return loss
 
     def _roll_back(self, task: Task) -> StepHook:

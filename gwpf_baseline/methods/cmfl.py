@@ -132,7 +132,7 @@ class CMFLClient(SyncClient):
         # Before the first global update nothing can be told, and everything is sent.
         if last_global is None or relevance(delta.numpy(), last_global) >= threshold:
             due = self.with_left_out(state, delta.numpy())
-            self.write_update(writer, task, state, due)
+            self.write_update(writer, state, due)
         else:
             writer.skip()
         return loss

@@ -81,7 +81,7 @@ class FedAvgClient(SyncClient):
         """Train from the global model and send the whole update."""
         delta, loss = self.train(task.weights, task, state)
         due = self.with_left_out(state, delta.numpy())
-        self.write_update(writer, task, state, due)
+        self.write_update(writer, state, due)
         return loss
 
 

@@ -108,7 +108,7 @@ class GaiaClient(SparseClient):
             self.config.threshold,
             task.header.exchange,
         )
-        self.send(writer, task, state, residual, mask)
+        self.send(writer, state, residual, mask)
         return loss
 
 

@@ -88,7 +88,7 @@ class GradientPruningClient(SparseClient):
             mask = above_threshold(residual, self.layers, self.config.threshold)
         else:
             mask = largest_share(residual, self.layers, self.config.keep)
-        self.send(writer, task, state, residual, mask)
+        self.send(writer, state, residual, mask)
         return loss
 
 

@@ -389,7 +389,7 @@ class GWPFClient(SyncClient):
         loss = None
         if not task.header.follow_up:
             loss = self._learn(task, state, residual, writer)
-        self.write_update(writer, task, state, residual, task.mask)
+        self.write_update(writer, state, residual, task.mask)
         return loss
 
     def _learn(

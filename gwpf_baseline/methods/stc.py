@@ -162,13 +162,13 @@ class STCStrategy(SyncStrategy[Ternary]):
         self.refuse("sends signs of one size", "server_optimizer", "quantization")
         self.residual = np.zeros(self.dimension, np.float32)
         self.update_sum = np.zeros(0, np.float32)
-        self.sent: list[int] = []
+        self.sent = 0
         self.steps: list[Sections] = []
 
     def begin_exchange(self) -> None:
         """Start the sum afresh."""
         self.update_sum = np.zeros(self.dimension, np.float32)
-        self.sent = []
+        self.sent = 0
 
     def read_upload(self, reader: Reader) -> Ternary:
         """Take one client's ternary update."""
@@ -177,7 +177,7 @@ class STCStrategy(SyncStrategy[Ternary]):
     def add_upload(self, upload: Ternary, weight: float) -> None:
         """Add one client's update."""
         self.update_sum[upload.positions] += np.float32(weight) * upload.values()
-        self.sent.append(upload.signs.size)
+        self.sent += upload.signs.size
 
     def finish_exchange(self, total_weight: float) -> BoolVector:
         """Move the model by what the mean, with what is due, is compressed to."""
@@ -212,7 +212,7 @@ class STCStrategy(SyncStrategy[Ternary]):
 
     def metrics(self) -> dict[str, float]:
         """Return the share of coordinates that a client sent."""
-        return {"sent_fraction": float(np.mean(self.sent)) / self.dimension}
+        return {"sent_fraction": self.sent / (self.answers * self.dimension)}
 
     def method_state(self) -> dict[str, Any]:
         """Return what is due, and the last steps."""

@@ -198,7 +198,7 @@ class ZeroFLClient(SparseClient):
         update, weights = delta.numpy(), (task.weights + delta).numpy()
         mask = sent(update, weights, self.layers, self.config)
         values = weights if self.config.upload == "top_k_weights" else update
-        self.send(writer, task, state, self.with_left_out(state, values), mask)
+        self.send(writer, state, self.with_left_out(state, values), mask)
         return loss
 
 

@@ -10,7 +10,6 @@ import numpy as np
 from gwpf_baseline.exchange.payload import Reader, Writer
 from gwpf_baseline.learning.client import SyncClient
 from gwpf_baseline.learning.flat_model import cache_blocks
-from gwpf_baseline.learning.method_client import Task
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.strategy import SyncStrategy
 from gwpf_baseline.utils import BoolVector, FloatVector
@@ -46,13 +45,13 @@ class SparseStrategy(SyncStrategy[SparseUpload]):
         super().__init__(*args, **kwargs)
         self.update_sum = np.zeros(0, np.float32)
         self.changed = np.zeros(0, np.bool_)
-        self.sent: list[int] = []
+        self.sent = 0
 
     def begin_exchange(self) -> None:
         """Start the sum afresh; each client chooses its own mask."""
         self.update_sum = np.zeros(self.dimension, np.float32)
         self.changed = np.zeros(self.dimension, np.bool_)
-        self.sent = []
+        self.sent = 0
 
     def read_upload(self, reader: Reader) -> SparseUpload:
         """Take one client's mask and values."""
@@ -63,7 +62,7 @@ class SparseStrategy(SyncStrategy[SparseUpload]):
         """Add one client's updates."""
         self.update_sum[upload.mask] += np.float32(weight) * upload.values
         self.changed |= upload.mask
-        self.sent.append(upload.values.size)
+        self.sent += upload.values.size
 
     def finish_exchange(self, total_weight: float) -> BoolVector:
         """Move the model by the mean over all clients, unsent updates being 0."""
@@ -76,7 +75,7 @@ class SparseStrategy(SyncStrategy[SparseUpload]):
 
     def metrics(self) -> dict[str, float]:
         """Return the share of coordinates that a client sent."""
-        return {"sent_fraction": float(np.mean(self.sent)) / self.dimension}
+        return {"sent_fraction": self.sent / (self.answers * self.dimension)}
 
 
 class SparseClient(SyncClient):  # pylint: disable=abstract-method  # as it is
@@ -85,7 +84,6 @@ class SparseClient(SyncClient):  # pylint: disable=abstract-method  # as it is
     def send(
         self,
         writer: Writer,
-        task: Task,
         state: ClientState,
         update: FloatVector,
         mask: BoolVector,
@@ -96,8 +94,6 @@ class SparseClient(SyncClient):  # pylint: disable=abstract-method  # as it is
         ----------
         writer : Writer
             The answer's payload.
-        task : Task
-            What the server asked for.
         state : ClientState
             Remembers the mask.
         update : numpy.ndarray
@@ -106,4 +102,4 @@ class SparseClient(SyncClient):  # pylint: disable=abstract-method  # as it is
             bool ``(d,)``, what is sent of it.
         """
         writer.bitmap(mask)
-        self.write_update(writer, task, state, update, mask)
+        self.write_update(writer, state, update, mask)
