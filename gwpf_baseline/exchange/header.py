@@ -144,6 +144,9 @@ class Header:
                 raise WireError("a payload's header is cut short")
             (checksum,) = _CHECKSUM.unpack_from(frame, offset)
             offset += _CHECKSUM.size
+            # What has two codes could be changed on its way unnoticed.
+            if not checksum:
+                raise WireError("a payload announces a checksum that it has not")
         header = cls(
             method,
             Kind(kind),

@@ -6,7 +6,6 @@ payload says at each step what it must hold; anything else is a :class:`WireErro
 before a single number of it is used.
 """
 
-import re
 import warnings
 import zlib
 from collections import Counter
@@ -30,14 +29,8 @@ from gwpf_baseline.utils import BoolVector, FloatVector
 
 # The types of vectors, by the byte that announces one.
 _DTYPES = tuple(np.dtype(t) for t in ("<f4", "<f2", "|i1", "<i2", "|u1", "<u2"))
-# What NumPy's format has before the bytes of a flat uint8 array, but for the blanks
-# with which numpy.save fills it up to 128 bytes: every reader takes it without.
-_NPY = "{{'descr': '|u1', 'fortran_order': False, 'shape': ({},), }}\n"
-_NPY_PATTERN = re.compile(
-    rb"\x93NUMPY\x01\x00([\x00-\xff]{2})"
-    rb"\{'descr': '\|u1', 'fortran_order': False, 'shape': \((\d{1,12}),\), \} *\n"
-)
-_NPY_LONGEST = 128
+# How Flower is told what a tensor's bytes are.
+_TENSOR_TYPE = "uint8"
 
 
 class Part(StrEnum):
@@ -274,30 +267,27 @@ class Reader:
         self._offset = end
 
 
-def to_parameters(payload: Buffer) -> Parameters:
-    """Wrap a payload up as Flower's ``Parameters``: one uint8 array in NumPy's format.
+def to_parameters(payload: bytes) -> Parameters:
+    """Wrap a payload up as Flower's ``Parameters``: one uint8 array, its plain bytes.
+
+    ``numpy.save`` would put 128 bytes before them, which is more than the rest of an
+    upload's overhead, and for sparse methods a large share of all that is sent.
 
     Parameters
     ----------
-    payload : bytes or memoryview
+    payload : bytes
         The payload.
 
     Returns
     -------
     flwr.common.Parameters
-        ``flwr.common.parameters_to_ndarrays`` reads it as well.
+        One tensor of type ``uint8``.
     """
-    head = _NPY.format(len(payload)).encode()
-    prefix = b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head
-    return Parameters([b"".join((prefix, payload))], "numpy.ndarray")
+    return Parameters([payload], _TENSOR_TYPE)
 
 
-def from_parameters(parameters: Parameters) -> memoryview:
-    """Undo :func:`to_parameters`, without trusting what arrived.
-
-    ``numpy.load`` evaluates the header it finds and allocates what that announces; this
-    accepts only the header of a flat uint8 array, followed by exactly the bytes that it
-    announces.
+def from_parameters(parameters: Parameters) -> bytes:
+    """Undo :func:`to_parameters`.
 
     Parameters
     ----------
@@ -306,26 +296,21 @@ def from_parameters(parameters: Parameters) -> memoryview:
 
     Returns
     -------
-    memoryview
-        The payload, where it lies.
+    bytes
+        The payload.
 
     Raises
     ------
     WireError
-        Anything else.
+        Not exactly one array of bytes.
     """
-    if len(parameters.tensors) != 1:
-        raise WireError(f"{len(parameters.tensors)} arrays, a payload is one")
-    (tensor,) = parameters.tensors
-    match = _NPY_PATTERN.match(tensor[:_NPY_LONGEST])
-    if match is None or match.end() != 10 + int.from_bytes(match[1], "little"):
-        raise WireError("the array is no flat one of bytes")
-    if len(tensor) - match.end() != int(match[2]):
+    if len(parameters.tensors) != 1 or parameters.tensor_type != _TENSOR_TYPE:
         raise WireError(
-            f"the array announces {int(match[2])} bytes, "
-            f"but {len(tensor) - match.end()} follow"
+            f"{len(parameters.tensors)} tensors of type {parameters.tensor_type!r}, "
+            f"a payload is one of type {_TENSOR_TYPE}"
         )
-    return memoryview(tensor)[match.end() :]
+    payload: bytes = parameters.tensors[0]
+    return payload
 
 
 def vector_checksum(vector: FloatVector | BoolVector) -> int:

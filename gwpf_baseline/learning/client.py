@@ -256,8 +256,8 @@ def _arrays(writer: Writer) -> NDArrays:
 class _PayloadClient(Client):
     """What Flower calls: takes payloads out of its messages and puts them in.
 
-    Flower's own wrapper of a ``NumPyClient`` would parse arrays with ``numpy.load`` and
-    pad them to 64 bytes.
+    Flower's own wrapper of a ``NumPyClient`` would read them with ``numpy.load`` and
+    write them with ``numpy.save``, see :func:`to_parameters`.
     """
 
     def __init__(self, client: SyncClient) -> None:
@@ -267,7 +267,7 @@ class _PayloadClient(Client):
         """Let the client answer a message."""
         message = np.frombuffer(from_parameters(ins.parameters), np.uint8)
         (answer,), num_examples, metrics = self.client.fit([message], ins.config)
-        parameters = to_parameters(answer.data)
+        parameters = to_parameters(answer.tobytes())
         return FitRes(Status(Code.OK, ""), parameters, num_examples, metrics)
 
     def get_properties(self, ins: GetPropertiesIns) -> GetPropertiesRes:
