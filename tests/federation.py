@@ -300,7 +300,8 @@ def with_payload(answer: FitRes, payload: bytes) -> FitRes:
 
 def with_tensors(answer: FitRes, tensors: list[bytes]) -> FitRes:
     """Return an answer with other tensors."""
-    return replace(answer, parameters=Parameters(tensors, "numpy.ndarray"))
+    kind = answer.parameters.tensor_type
+    return replace(answer, parameters=Parameters(tensors, kind))
 
 
 def lose(answer: FitRes) -> FitRes:
