@@ -129,11 +129,10 @@ class Header:
         kind, flags = what & 0x0F, what & 0xF0
         if kind not in set(Kind) or flags > _FOLLOW_UP | _WITH_MASK | _CHECKED:
             raise WireError(f"unknown kind of payload: {kind}, {flags}")
-        offset, numbers = _HEADER.size, []
-        for _ in range(4):
-            number, offset = decode_number(frame, offset)
-            numbers.append(number)
-        d, exchange, since_base, since_used = numbers
+        d, offset = decode_number(frame, _HEADER.size)
+        exchange, offset = decode_number(frame, offset)
+        since_base, offset = decode_number(frame, offset)
+        since_used, offset = decode_number(frame, offset)
         if d != length:
             raise WireError(f"a payload for {d} parameters, the model has {length}")
         if since_base > exchange + 1 or since_used > exchange:

@@ -118,7 +118,7 @@ class Sections:
         sections : Sections
             They stay as they are, and can be appended to other payloads too.
         """
-        self._parts += sections._parts
+        self._parts.append(sections.code())
         self.sizes += sections.sizes
 
     def _append(self, code: Buffer, part: Part) -> None:

@@ -49,6 +49,7 @@ from gwpf_baseline.records.checkpoint import (
 )
 
 
+# pylint: disable-next=abstract-method  # which a method fills in
 class SyncClient(MethodClient, NumPyClient):
     """A Flower client that follows a sparsely sent model and trains on it.
 
