@@ -91,10 +91,11 @@ def main() -> None:
     """Measure every method on every model and print a table for each."""
     logging.getLogger("flwr").setLevel(logging.WARNING)  # which tells of every round
     options = parser(__doc__, clients=2, rounds=7, seed=0)
+    options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     add_data_option(options)
     given = options.parse_args()
-    for model, (steps, batch) in MODELS.items():
-        measure(model, steps, batch, given)
+    for model in given.models:
+        measure(model, *MODELS[model], given)
 
 
 def measure(model: str, steps: int, batch: int, options: Any) -> None:

@@ -19,7 +19,10 @@ SCRIPTS = {
 }
 # Those that train need MNIST or CIFAR-10.
 ON_DATA = {
-    "overhead.py": (["--clients=1", "--rounds=1"], "A round of lenet5: "),
+    "overhead.py": (
+        ["--models", "lenet5", "--clients=1", "--rounds=1"],
+        "A round of lenet5: ",
+    ),
     "round_time.py": (SIMULATED, "One round, LeNet-5 on MNIST"),
     "template_client.py": (SIMULATED, "LeNet-5 on MNIST"),
 }
