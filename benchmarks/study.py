@@ -141,13 +141,12 @@ def read_study(name: str) -> Study:
 def run_all(jobs: Sequence[Job], at_a_time: int, data: Path) -> list[str]:
     """Run what is not there yet; return what to say of the runs that failed."""
     environment = {**os.environ, "GWPF_DATA": str(data.absolute())}
-    # Several runs at a time share the processors, which changes no result.
-    workers = f"client_resources.num_cpus={min(at_a_time, os.cpu_count() or 1)}"
     console, started, failed = Console(), time.monotonic(), []
 
     def run(job: Job) -> None:
         done = subprocess.run(
-            [sys.executable, *arguments_of(job), workers],
+            # Each in a process of its own, without Ray: to the bit the same results.
+            [sys.executable, *arguments_of(job), "backend=local"],
             cwd=REPOSITORY,
             env=environment,
             capture_output=True,

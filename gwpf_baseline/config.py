@@ -30,6 +30,7 @@ from gwpf_baseline.records.target import check_target
 from gwpf_baseline.utils import ConfigError, is_number
 
 WEIGHTINGS = ("uniform", "examples")
+BACKENDS = ("ray", "local")
 _BUILDING = threading.Lock()
 # What may change when a run is resumed: nothing that its history depends on.
 RESUMABLE = {
@@ -41,6 +42,7 @@ RESUMABLE = {
     "client_resources.num_cpus",
     "client_resources.num_gpus",
     "connect_timeout",
+    "backend",
     "verbose",
 }
 
@@ -185,6 +187,8 @@ def checked(cfg: DictConfig) -> DictConfig:
         raise ConfigError("round_timeout", cfg.round_timeout, "seconds > 0, or null")
     if cfg.weighting not in WEIGHTINGS:
         raise ConfigError("weighting", cfg.weighting, f"one of {', '.join(WEIGHTINGS)}")
+    if cfg.backend not in BACKENDS:
+        raise ConfigError("backend", cfg.backend, f"one of {', '.join(BACKENDS)}")
     if not isinstance(cfg.verbose, bool):
         raise ConfigError("verbose", cfg.verbose, "true or false")
     if cfg.stop_at is not None and cfg.dataset.source in SOURCES:

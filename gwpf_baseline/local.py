@@ -4,9 +4,12 @@ What Flower's simulation does with Ray, without processes: for trials, for tests
 step through a method with a debugger. Histories are the same to the bit.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
+import torch
 from flwr.common import (
     Context,
     DisconnectRes,
@@ -21,7 +24,7 @@ from flwr.common import (
     ReconnectIns,
     RecordDict,
 )
-from flwr.server import Server, SimpleClientManager
+from flwr.server import Server, ServerConfig, SimpleClientManager
 from flwr.server.client_proxy import ClientProxy
 from omegaconf import DictConfig
 
@@ -29,8 +32,10 @@ from gwpf_baseline.client_app import make_client
 from gwpf_baseline.config import Workbench, workbench
 from gwpf_baseline.learning.client import SyncClient
 from gwpf_baseline.records.history import RoundRecord
-from gwpf_baseline.server_app import make_strategy
+from gwpf_baseline.server_app import Play, make_strategy
 from gwpf_baseline.strategy import Callback, SyncStrategy
+
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class LocalNode(ClientProxy):
@@ -72,7 +77,14 @@ class LocalNode(ClientProxy):
 
     def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
         """Let the client answer a message."""
-        return self.build(self.context).to_client().fit(ins)
+        # Clients share a process's model. Their number of threads is not the server's,
+        # whose evaluation would come to other bits with it.
+        with _ONE_AT_A_TIME:
+            threads = torch.get_num_threads()
+            try:
+                return self.build(self.context).to_client().fit(ins)
+            finally:
+                torch.set_num_threads(threads)
 
     def get_properties(
         self, ins: GetPropertiesIns, timeout: float | None, group_id: int | None
@@ -151,6 +163,34 @@ def federation(
         The configured method's strategy, and a node for each client.
     """
     bench = bench or workbench(cfg)
-    build = partial(make_client, cfg, folder="", bench=bench)
-    nodes = [LocalNode(client, build) for client in range(cfg.num_clients)]
+    nodes = _nodes(cfg, "", bench)
     return LocalFederation(make_strategy(cfg, bench, callbacks), nodes)
+
+
+def in_process(cfg: DictConfig, folder: Path) -> Play:
+    """Return what plays the rounds of a configuration in this process.
+
+    Parameters
+    ----------
+    cfg : DictConfig
+        A checked configuration.
+    folder : pathlib.Path
+        The run's folder, for the clients' parts of checkpoints.
+
+    Returns
+    -------
+    callable
+        For :func:`~gwpf_baseline.server_app.run_server`.
+    """
+
+    def play(server: Server, config: ServerConfig) -> None:
+        for node in _nodes(cfg, str(folder), None):
+            server.client_manager().register(node)
+        server.fit(config.num_rounds, config.round_timeout)
+
+    return play
+
+
+def _nodes(cfg: DictConfig, folder: str, bench: Workbench | None) -> list[LocalNode]:
+    build = partial(make_client, cfg, folder=folder, bench=bench)
+    return [LocalNode(client, build) for client in range(cfg.num_clients)]

@@ -1,4 +1,4 @@
-"""One experiment on Flower's simulation: ``python -m gwpf_baseline.main``."""
+"""One experiment, simulated: ``python -m gwpf_baseline.main``."""
 
 import logging
 import os
@@ -26,12 +26,13 @@ from gwpf_baseline.config import (
     resumed,
     workbench,
 )
-from gwpf_baseline.server_app import check_resume, run_server
+from gwpf_baseline.local import in_process
+from gwpf_baseline.server_app import check_resume, on_grid, run_server
 from gwpf_baseline.utils import ConfigError
 
 
 def run_experiment(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
-    """Run one experiment on Flower's Ray simulation.
+    """Run one experiment, on Flower's Ray simulation or in this process.
 
     Parameters
     ----------
@@ -56,13 +57,15 @@ def run_experiment(cfg: DictConfig, folder: Path, console: Console) -> dict[str,
     """
     check_resume(cfg)
     workbench(cfg)
+    if cfg.backend == "local":
+        return run_server(cfg, in_process(cfg, folder), folder, console)
     summary: dict[str, Any] = {}
     server_app = ServerApp()
 
     @server_app.main()
     def _(grid: Grid, context: Context) -> None:
         del context
-        summary.update(run_server(cfg, grid, folder, console))
+        summary.update(run_server(cfg, on_grid(grid), folder, console))
 
     level = logging.INFO if cfg.verbose else logging.ERROR
     backend_config = {

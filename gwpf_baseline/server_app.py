@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,19 @@ from gwpf_baseline.strategy import Callback, SyncStrategy
 from gwpf_baseline.utils import ConfigError, pick_device, run_folder
 
 log = logging.getLogger(__name__)
+
+
+# Plays the rounds of a Flower server whose nodes it knows.
+Play = Callable[[Server, ServerConfig], object]
+
+
+def on_grid(grid: Grid) -> Play:
+    """Return what plays the rounds with the nodes of a Flower grid."""
+
+    def play(server: Server, config: ServerConfig) -> None:
+        start_grid(grid=grid, server=server, config=config)
+
+    return play
 
 
 class Evaluator:
@@ -106,7 +119,7 @@ def make_strategy(
 
 
 def run_server(
-    cfg: DictConfig, grid: Grid, folder: Path, console: Console
+    cfg: DictConfig, play: Play, folder: Path, console: Console
 ) -> dict[str, Any]:
     """Run all rounds of an experiment and write the files of the run.
 
@@ -114,8 +127,8 @@ def run_server(
     ----------
     cfg : DictConfig
         A checked configuration.
-    grid : Grid
-        Flower's connection to the nodes.
+    play : callable
+        Connects a Flower server with its nodes and plays the rounds.
     folder : pathlib.Path
         The run's folder.
     console : rich.console.Console
@@ -150,11 +163,7 @@ def run_server(
     # Every client of a round is under way at once; Flower queues them for the workers.
     server.set_max_workers(min(cfg.num_clients, 128))
     with display:
-        start_grid(
-            grid=grid,
-            server=server,
-            config=ServerConfig(num_rounds=remaining, round_timeout=cfg.round_timeout),
-        )
+        play(server, ServerConfig(remaining, cfg.round_timeout))
     summary = history.write_summary(
         method=cfg.method.name,
         dataset=cfg.dataset.name,
@@ -229,4 +238,4 @@ def main(grid: Grid, context: Context) -> None:
     """Run one experiment from Flower's run configuration."""
     cfg = from_run_config(context.run_config)
     check_resume(cfg)
-    run_server(cfg, grid, run_folder(context.run_id), Console())
+    run_server(cfg, on_grid(grid), run_folder(context.run_id), Console())
