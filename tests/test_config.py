@@ -227,7 +227,7 @@ def test_flowers_run_configuration_has_the_keys_of_ours() -> None:
     groups = [key for entry in ours.defaults if entry != "_self_" for key in entry]
     # Groups of keys without files, and what a machine sets rather than a run.
     others = ["quantization", "network", "client_resources", "hydra", "defaults"]
-    others += ["client_threads", "connect_timeout", "round_timeout"]
+    others += ["backend", "client_threads", "connect_timeout", "round_timeout"]
     assert [*groups, *(key for key in ours if key not in others)] == list(keys)
     assert set(others) < set(ours)
 

@@ -192,10 +192,14 @@ def test_files_of_a_run(small_run: Path) -> None:
     assert "thaw_budget" in (small_run / "config.yaml").read_text()
 
 
-def test_one_worker_gives_the_history_of_two(small_run: Path, tmp_path: Path) -> None:
-    """Which process runs a client, and when, leaves no trace."""
-    cpus = os.cpu_count() or 1
-    run(*SMALL, f"client_resources.num_cpus={cpus}", f"hydra.run.dir={tmp_path}")
+@pytest.mark.parametrize(
+    "workers", [f"client_resources.num_cpus={os.cpu_count() or 1}", "backend=local"]
+)
+def test_one_worker_gives_the_history_of_two(
+    workers: str, small_run: Path, tmp_path: Path
+) -> None:
+    """Which process runs a client, and when, leaves no trace; nor does Ray."""
+    run(*SMALL, workers, f"hydra.run.dir={tmp_path}")
     assert rows_without_seconds(tmp_path) == rows_without_seconds(small_run)
     assert model_bytes(tmp_path) == model_bytes(small_run)
 
@@ -329,7 +333,7 @@ def test_sweep_over_methods(data_root: Path, tmp_path: Path) -> None:
         "num_rounds=3",
         "num_clients=3",
         "eval_every=3",
-        f"client_resources.num_cpus={os.cpu_count() or 1}",
+        "backend=local",
         f"hydra.sweep.dir={tmp_path}",
     )
     summaries, folders = {}, {}

@@ -95,8 +95,8 @@ class Runner:  # pylint: disable=too-few-public-methods
     def __call__(self, command: list[str], **_: Any) -> Any:
         """Make the run's folder."""
         assert command[:3] == [sys.executable, "-m", "gwpf_baseline.main"]
-        *overrides, folder, workers = command[3:]
-        assert workers.startswith("client_resources.num_cpus=")
+        *overrides, folder, backend = command[3:]
+        assert backend == "backend=local"
         self.overrides.append(overrides)
         if self.fails and self.fails in overrides:
             return subprocess.CompletedProcess(command, 1, "", "it broke")
