@@ -36,7 +36,8 @@ def output_of(script: str, options: list[str]) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        # Generous: the workers of a simulation are the last to get a busy processor.
+        timeout=1500,
         check=False,
     )
     assert result.returncode == 0, result.stdout
