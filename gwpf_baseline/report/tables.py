@@ -117,7 +117,9 @@ def write_cell(row: Row, first: Row, column: str) -> str:
     metric = "perplexity" if "final_perplexity" in row else "accuracy"
     score = _perplexity if metric == "perplexity" else _accuracy
     if column == f"final {metric}":
-        return f"{score(row[f'final_{metric}'])} ± {score(row[f'final_{metric}_std'])}"
+        spread = row[f"final_{metric}_std"]
+        mean = score(row[f"final_{metric}"])
+        return mean if spread is None else f"{mean} ± {score(spread)}"
     if column == "best":
         return score(row[f"best_{metric}"])
     if column == "reached":
