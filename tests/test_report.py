@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from finished_runs import RECORDS, make_record, make_run
 from matplotlib.image import imread
 
 from gwpf_baseline.records.history import COLUMNS, History, read_history
 from gwpf_baseline.records.target import metric_of
 from gwpf_baseline.report.__main__ import main
+from gwpf_baseline.report.figures import draw_figure
 from gwpf_baseline.report.groups import check_comparable, group_runs
 from gwpf_baseline.report.measures import average_curve, first_reaching, summarise
-from gwpf_baseline.report.runs import Run, find_runs, read_run
+from gwpf_baseline.report.runs import ReportError, Run, find_runs, read_run
 from gwpf_baseline.report.tables import lay_out, write_cell
 
 FIGURES = {"metric_rounds.png", "metric_bytes.png", "metric_time.png", "frozen.png"}
@@ -45,7 +47,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     output, errors = capsys.readouterr()
     assert output == ""
     assert errors.startswith("error: ")
-    assert errors.count("\n") == 1
+    assert errors.endswith("\n") and errors[:-1].isprintable()
     return errors.removeprefix("error: ").removesuffix("\n")
 
 
@@ -94,11 +96,23 @@ def test_what_is_read_of_a_run(tmp_path: Path) -> None:
         ("summary.json", '{"metric": "bleu"}', "its metric is bleu"),
         ("summary.json", '{"metric": "accuracy"}', "its parameters are None"),
         ("config.yaml", None, "has no config.yaml; "),
-        ("config.yaml", "", "its method.name is null"),
+        ("config.yaml", "", "it has no keys"),
+        ("config.yaml", "a: 1", "its method.name is null"),
         ("config.yaml", "- a\n- b", "it has no keys"),
         ("config.yaml", "a: [1,\n\n", "config.yaml cannot be used (while parsing"),
-        ("config.yaml", "a: ${b}", "Interpolation key 'b' not found"),
+        ("config.yaml", "method: {name: gwpf}\nseed: ${b}", "its seed is ${b}, not a"),
         ("config.yaml", "\0", "config.yaml cannot be used"),
+        ("summary.json", "[" * 100_000, "maximum recursion depth exceeded"),
+        ("summary.json", '{"metric": "\\u001b[2J"}', r"its metric is \x1b[2J, not one"),
+        ("config.yaml", "a: " + "[" * 100_000, "nested more than 20 levels deep"),
+        ("config.yaml", "{a: " * 5000, "it is nested more than 20 levels deep"),
+        ("config.yaml", "a: &a [*a]", "it has the alias *a, which no run writes"),
+        ("config.yaml", "a: &a {b: *a}", "it has the alias *a, which no run writes"),
+        # What PyYAML raises of these, it says nowhere.
+        ("config.yaml", "a: !!timestamp x", "config.yaml cannot be used"),
+        ("config.yaml", "a: !!int ''", "config.yaml cannot be used"),
+        ("config.yaml", "a: !!bool x", "config.yaml cannot be used"),
+        ("config.yaml", f"a: {'1:' * 300}1.5", "int too large to convert to float"),
         ("history.csv", None, "has no history.csv; "),
         ("history.csv", "", "line 1: the columns are not those of a history"),
         ("history.csv", ",".join(COLUMNS) + "\n", "its history has 0 of 3 rounds"),
@@ -125,6 +139,69 @@ def test_a_run_that_cannot_be_used(
     assert message in line
     assert line.endswith("; run it again or leave it out") or "; resume it, " in line
     assert not (tmp_path / "report").exists()
+
+
+def rewrite(run: Path, key: str, text: str) -> None:
+    """Put a value, as YAML has it, into a run's configuration."""
+    file = run / "config.yaml"
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    group, _, leaf = key.rpartition(".")
+    (config[group] if group else config)[leaf] = "PLACEHOLDER"
+    written = yaml.safe_dump(config).replace("PLACEHOLDER", text)
+    file.write_text(written, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("method.name", "''", "its method.name is , not a name"),
+        ("method.name", "two words", "its method.name is two words, not a name"),
+        ("method.name", '"\\uD800"', r"cannot be shown: method.name=\ud800"),
+        ("method.name", '"\\e[2J"', r"cannot be shown: method.name=\x1b[2J"),
+        ("method.name", '"a\\u202Eb"', r"cannot be shown: method.name=a\u202eb"),
+        ("method.name", "x" * 100_000, "longer than 4096 characters: method.name=xxx"),
+        ("optimizer", '"\\e[2J"', r"cannot be shown: optimizer=\x1b[2J"),
+        ("optimizer", "x" * 100_000, "longer than 4096 characters: optimizer=xxx"),
+        ("optimizer", '{"\\e[2J": 1}', r"cannot be shown: optimizer.\x1b[2J=1"),
+        ("lr", f"0x{'f' * 100_000}", "Exceeds the limit (4300 digits)"),
+        ("seed", "true", "its seed is true, not a whole number"),
+        ("num_rounds", "true", "its num_rounds is true, not a whole number"),
+        ("stop_at", '"\\e[2J"', r"cannot be shown: stop_at=\x1b[2J"),
+    ],
+)
+def test_a_value_that_cannot_be_shown(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    key: str,
+    value: str,
+    message: str,
+) -> None:
+    """No terminal is steered and no table is torn; the line is short enough to read."""
+    run = make_run(tmp_path / "run")
+    rewrite(run, key, value)
+    line = refusal(capsys, run, "--output", tmp_path / "report")
+    assert line.startswith(f"{run}: config.yaml cannot be used (")
+    assert message in line
+    assert len(line) < 1000
+
+
+@pytest.mark.parametrize("cell", ["1" + "0" * 400, "-1" + "0" * 400, "1e308"])
+@pytest.mark.parametrize("column", COLUMNS)
+def test_a_cell_beyond_all_bounds(tmp_path: Path, column: str, cell: str) -> None:
+    """Its line is refused, or the number left out, as of a loss that diverged."""
+    run = make_run(tmp_path)
+    lines = (run / "history.csv").read_text().splitlines()
+    cells = lines[2].split(",")
+    cells[COLUMNS.index(column)] = cell
+    lines[2] = ",".join(cells)
+    (run / "history.csv").write_text("\n".join(lines) + "\n")
+    try:
+        summarise({"gwpf": [read_run(run), read_run(run)]})
+    except ReportError as error:
+        assert str(error).startswith(f"{run}: history.csv cannot be used (")
+    else:
+        assert math.isinf(float(cell))
+        assert getattr(read_run(run).records[1], column) is None
 
 
 def test_a_half_written_history(
@@ -562,6 +639,69 @@ def test_curves_are_means_over_the_seeds(tmp_path: Path) -> None:
 
 
 # Showing
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_are_shown_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing in a run's files is a formula, a variable, markup or a path."""
+    monkeypatch.setenv("GWPF_SECRET", "hush")
+    names = [r"$\frac{", "$x^2$", "${oc.env:GWPF_SECRET}", "${method}", "${", "???"]
+    names += ["_hidden", "[/red]", "a|b`c", "=1+1", "../dataset/digits", "gwpf,apf"]
+    runs = [make_run(tmp_path / str(number)) for number in range(len(names))]
+    for run, name in zip(runs, names, strict=True):
+        rewrite(run, "method.name", f"'{name}'")
+        rewrite(run, "optimizer", f"'{name} {name}'")
+    output = tmp_path / "report"
+    report(*runs, "--output", output)
+    labels = [f"{name} optimizer={name} {name}" for name in names]
+    assert [row["label"] for row in table(output)] == labels
+    text = (output / "report.md").read_text()
+    printed = capsys.readouterr().out
+    for run, name, label in zip(runs, names, labels, strict=True):
+        assert f"- `{label.replace('`', chr(39))}`: `{run}`" in text
+        assert name in printed
+    assert "hush" not in text + printed
+    # By itself, too, what Matplotlib would not name.
+    report(runs[names.index("_hidden")], "--output", output)
+
+
+def test_folders_steer_no_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor does a file that lists them; the names may be those of an archive."""
+    run = make_run(tmp_path / "a\n\x1b[2J`[red]")
+    output = tmp_path / "\x1b[2J[/red]"
+    report(run, "--output", output)
+    text = (output / "report.md").read_text()
+    assert r"/a\n\x1b[2J'[red]`" in text
+    printed = capsys.readouterr().out
+    assert r"\x1b[2J[/red]" in printed
+    assert "\x1b" not in text + printed
+    (run / "summary.json").unlink()
+    assert r"a\n\x1b[2J`[red]: not finished" in refusal(capsys, run)
+
+
+def test_a_legend_has_an_end(tmp_path: Path) -> None:
+    """However many there are of however long names, Matplotlib can draw it."""
+    run = read_run(make_run(tmp_path / "run"))
+    assert draw_figure("bandwidth", {"x " * 50_000: [run]}, None, tmp_path / "long.png")
+    assert imread(tmp_path / "long.png").shape[0] < 1000
+    many = {f"{number} {'x' * 40}": [run] for number in range(200)}
+    assert draw_figure("bandwidth", many, None, tmp_path / "many.png")
+    assert imread(tmp_path / "many.png").shape[0] == 6000
+
+
+def test_a_long_word_leaves_the_numbers_room(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is broken, as no other word is."""
+    runs = [make_run(tmp_path / "0"), make_run(tmp_path / "1", optimizer="x" * 4000)]
+    report(*runs, "--output", tmp_path / "report")
+    printed = capsys.readouterr().out
+    assert printed.count("0.7500") >= 2
+    assert max(map(len, printed.splitlines())) < 200
 
 
 @pytest.mark.filterwarnings("error")

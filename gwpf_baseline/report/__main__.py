@@ -17,14 +17,14 @@ from gwpf_baseline.report.measures import summarise
 from gwpf_baseline.report.runs import ReportError, find_runs, read_run
 from gwpf_baseline.report.tables import lay_out, print_sections
 from gwpf_baseline.report.writing import write_report
-from gwpf_baseline.utils import ConfigError
+from gwpf_baseline.utils import ConfigError, one_line
 
 
 class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
+        self.exit(2, f"error: {one_line(message, len(message))}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     console = Console()
     print_sections(sections, console)
-    console.print(f"The report is in {options.output}", soft_wrap=True)
+    where = one_line(options.output)
+    console.print(f"The report is in {where}", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

@@ -220,13 +220,24 @@ def _make_logarithmic(axes: Axes, name: str, units: Formatter) -> None:
 
 def _add_legend(figure: Figure) -> None:
     """Name the lines under the axes, in a figure tall enough for both."""
-    lines, labels = figure.axes[0].get_legend_handles_labels()
+    # Not those that Matplotlib would name: it leaves out what begins with "_".
+    lines = figure.axes[0].get_lines()
     # A value such as 1e-05 is not broken at its hyphen.
-    labels = [textwrap.fill(label, 80, break_on_hyphens=False) for label in labels]
+    labels = [
+        textwrap.fill(
+            str(line.get_label()),
+            80,
+            break_on_hyphens=False,
+            max_lines=5,
+            placeholder=" ...",
+        )
+        for line in lines
+    ]
     columns = 2 if max(map(len, labels)) <= 36 else 1
     rows = sum(1 + label.count("\n") for label in labels) / columns
-    figure.set_size_inches(7, 3.8 + 0.2 * rows)
-    figure.legend(
+    # Matplotlib draws no more than 2**16 pixels, and nobody looks at as many.
+    figure.set_size_inches(7, min(3.8 + 0.2 * rows, 40))
+    legend = figure.legend(
         lines,
         labels,
         loc="outside lower center",
@@ -235,3 +246,5 @@ def _add_legend(figure: Figure) -> None:
         fontsize=9,
         handlelength=3,
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a label may have dollars

@@ -6,9 +6,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from gwpf_baseline.config import RESUMABLE, compose_config
+from gwpf_baseline.config import RESUMABLE, compose_config, config_dir
 from gwpf_baseline.report.runs import PLACES, ReportError, Run, flatten, text_of
-from gwpf_baseline.utils import ConfigError
 
 # What changes nothing in a run but its end, or what is averaged over.
 _UNLABELLED = RESUMABLE | PLACES | {"seed", "eval_every", "stop_at"}
@@ -143,12 +142,16 @@ def _defaults_of(run: Run) -> dict[str, Any]:
         for key, value in run.config.items()
         if key.endswith(".name")
     ]
-    names = {k: v for k, v in _defaults().items() if k.endswith(".name")}
-    try:
-        return _defaults(*chosen) | names
-    except ConfigError:
-        # A run of another version may name an alternative that is no longer there.
+    # A run of another version may name an alternative that is no longer there; what
+    # somebody else's file says is not composed, only what is known.
+    if not _choices().issuperset(chosen):
         return {}
+    names = {k: v for k, v in _defaults().items() if k.endswith(".name")}
+    return _defaults(*chosen) | names
+
+
+def _choices() -> set[str]:
+    return {f"{file.parent.name}={file.stem}" for file in config_dir().glob("*/*.yaml")}
 
 
 @functools.cache

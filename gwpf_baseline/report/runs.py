@@ -6,24 +6,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+import yaml
 
 from gwpf_baseline.records.history import METRICS, RoundRecord, read_history
 from gwpf_baseline.records.target import metric_of, reaches
-from gwpf_baseline.utils import is_number
+from gwpf_baseline.utils import is_name, is_number, is_whole, one_line
 
 # Where the same data lies.
 PLACES = {"dataset.path", "dataset.cache_dir"}
+_UNSHOWN = PLACES | {"resume"}
 # What every run of a report must have in common, as key or as the group of a key.
 _TASK = {"dataset", "partition", "model", "num_clients"}
 _RUN_FILES = ("summary.json", "config.yaml", "history.csv")
 _MEND = "run it again or leave it out"
+# What the files of a run never come near, and what all that is made of them can bear.
+_DEEPEST = 20
+_LONGEST = 4096
+_LARGEST = 1e100
 
 
 class ReportError(ValueError):
-    """Runs that cannot be reported, or not in one table."""
+    """Runs that cannot be reported, or not in one table.
+
+    Parameters
+    ----------
+    message : str
+        What is wrong with which of them, and the mend.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message, len(message)))
 
 
 @dataclass(frozen=True)
@@ -126,7 +138,7 @@ def read_run(folder: Path) -> Run:
     """
     metric, parameters = _read(_read_summary, folder / "summary.json")
     config = _read(_read_config, folder / "config.yaml")
-    records = _read(lambda file: read_history(file.parent), folder / "history.csv")
+    records = _read(_read_records, folder / "history.csv")
     # The summary may be that of an earlier run in the same folder.
     done = records[-1].round if records else 0
     if done != config["num_rounds"] and not _stopped(config, metric, records):
@@ -160,8 +172,12 @@ def _read(reader: Callable[[Path], Any], file: Path) -> Any:
         raise ReportError(
             f"{file.parent}: {unfinished}has no {file.name}; {_MEND}"
         ) from error
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        reason = " ".join(str(error).split())
+    # Whatever the parsers stumble over: PyYAML raises more than it says.
+    except (
+        *(OSError, ValueError, TypeError, AttributeError, LookupError),
+        *(ArithmeticError, RecursionError, yaml.YAMLError),
+    ) as error:
+        reason = one_line(" ".join(str(error).split()))
         raise ReportError(
             f"{file.parent}: {file.name} cannot be used ({reason}); {_MEND}"
         ) from error
@@ -179,17 +195,53 @@ def _read_summary(file: Path) -> tuple[str, int]:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    loaded = OmegaConf.load(file)
-    if not isinstance(loaded, DictConfig):
+    # Not as OmegaConf: ${oc.env:TOKEN} would put the reader's secrets into the report.
+    loaded = _load_yaml(file.read_text(encoding="utf-8"))
+    if not isinstance(loaded, dict):
         raise ValueError("it has no keys")
-    config = flatten(OmegaConf.to_container(loaded, resolve=True))
-    for key, kind in (("method.name", str), ("seed", int), ("num_rounds", int)):
-        if not isinstance(config.get(key), kind):
-            raise ValueError(f"its {key} is {text_of(config.get(key))}")
+    config = flatten(loaded)
+    for key, value in config.items():
+        text = f"{key}={text_of(value)}"
+        if not text.isprintable() and key not in _UNSHOWN:
+            raise ValueError(f"it has characters that cannot be shown: {text}")
+        if len(text) > _LONGEST:
+            raise ValueError(f"longer than {_LONGEST} characters: {text}")
+    for key, fits, kind in (
+        ("method.name", is_name, "a name"),
+        ("seed", is_whole, "a whole number"),
+        ("num_rounds", is_whole, "a whole number"),
+    ):
+        if not fits(config.get(key)):
+            raise ValueError(f"its {key} is {text_of(config.get(key))}, not {kind}")
     stop_at = config.get("stop_at")
     if stop_at is not None and not is_number(stop_at):
         raise ValueError(f"its stop_at is {text_of(stop_at)}")
     return config
+
+
+def _load_yaml(text: str) -> Any:
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        # A few of them make a document without an end.
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"it has the alias *{event.anchor}, which no run writes")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
+    return yaml.safe_load(text)
+
+
+def _read_records(file: Path) -> list[RoundRecord]:
+    records = read_history(file.parent)
+    for record in records:
+        for column, value in vars(record).items():
+            # So that no sum of them is more than a float holds; a NaN is not below.
+            if value is not None and not abs(value) < _LARGEST:
+                raise ValueError(
+                    f"round {record.round}: {column} is no number below {_LARGEST}"
+                )
+    return records
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

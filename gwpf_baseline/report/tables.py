@@ -265,7 +265,8 @@ def print_sections(sections: Iterable[Section], console: Console) -> None:
         )
         # Labels and titles may be broken between words, numbers not at all.
         words = (word for row in section.rows for word in row[0].split())
-        table.add_column(min_width=max(map(len, words)))
+        # But for a word that would leave the numbers no room.
+        table.add_column(min_width=min(40, max(map(len, words))), overflow="fold")
         for name in section.head[1:]:
             table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
         for row in section.rows:
