@@ -22,6 +22,7 @@ from gwpf_baseline.data.task import TaskData
 from gwpf_baseline.dataset import load_data, partition_indices
 from gwpf_baseline.exchange.network import Network
 from gwpf_baseline.exchange.quantization import Quantization
+from gwpf_baseline.learning.norm_bound import check_multiple
 from gwpf_baseline.learning.server_optimizer import ServerOptimizerConfig
 from gwpf_baseline.learning.training import TrainingConfig
 from gwpf_baseline.methods import Method, load_method
@@ -42,6 +43,7 @@ RESUMABLE = {
     "client_resources.num_cpus",
     "client_resources.num_gpus",
     "connect_timeout",
+    "max_empty_rounds",
     "backend",
     "verbose",
 }
@@ -168,6 +170,7 @@ def checked(cfg: DictConfig) -> DictConfig:
         ("num_rounds", 1, True),
         ("seed", 0, True),
         ("eval_every", 1, True),
+        ("max_empty_rounds", 1, True),
         ("checkpoint_every", 0, True),
         ("client_resources.num_cpus", 1, True),
         ("client_resources.num_gpus", 0, False),
@@ -187,6 +190,7 @@ def checked(cfg: DictConfig) -> DictConfig:
         raise ConfigError("round_timeout", cfg.round_timeout, "seconds > 0, or null")
     if cfg.weighting not in WEIGHTINGS:
         raise ConfigError("weighting", cfg.weighting, f"one of {', '.join(WEIGHTINGS)}")
+    check_multiple(cfg.norm_bound)
     if cfg.backend not in BACKENDS:
         raise ConfigError("backend", cfg.backend, f"one of {', '.join(BACKENDS)}")
     if not isinstance(cfg.verbose, bool):

@@ -28,7 +28,7 @@ from gwpf_baseline.config import (
 )
 from gwpf_baseline.local import in_process
 from gwpf_baseline.server_app import check_resume, on_grid, run_server
-from gwpf_baseline.utils import ConfigError
+from gwpf_baseline.utils import ConfigError, RunError
 
 
 def run_experiment(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
@@ -130,6 +130,8 @@ def _job(cfg: DictConfig) -> None:
         run_experiment(cfg, Path(HydraConfig.get().runtime.output_dir), console)
     except ConfigError as error:
         _exit(error)
+    except RunError as error:
+        sys.exit(f"error: {error}")
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, astuple
 from typing import Any
 
-import numpy as np
 import torch
 from flwr.common import (
     EvaluateIns,
@@ -31,17 +30,16 @@ from torch import nn
 
 from gwpf_baseline.exchange.coding import WireError
 from gwpf_baseline.exchange.header import Kind
-from gwpf_baseline.exchange.messages import ClientRecord, size_of
+from gwpf_baseline.exchange.messages import ClientRecord, StateLost, size_of
 from gwpf_baseline.exchange.network import Network
 from gwpf_baseline.exchange.payload import Part, Sizes, as_tensor
 from gwpf_baseline.exchange.roster import Roster
-from gwpf_baseline.learning.flat_model import (
-    to_ndarrays,
-)
+from gwpf_baseline.learning.flat_model import least_buffers, to_ndarrays
 from gwpf_baseline.learning.method_server import MethodServer, Upload
 from gwpf_baseline.records.books import Books
 from gwpf_baseline.records.checkpoint import as_arrays, as_tensors
 from gwpf_baseline.records.history import RoundRecord, from_rows
+from gwpf_baseline.utils import ConfigError, FloatVector, RunError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -112,9 +110,14 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         Seconds to wait for `num_clients` nodes.
     round_timeout : float, optional
         Seconds to wait for a client in a follow-up exchange; default: no limit.
+    max_empty_rounds : int, default 5
+        After so many rounds in a row without a single sound answer the run ends.
+    num_examples : sequence of int, optional
+        How many examples each client has, where they are weighted by them: what a
+        client says of itself could own the mean.
     **options : object
         Those of :class:`~gwpf_baseline.learning.method_server.MethodServer`: `config`,
-        `seed`, `weighting`, `server_optimizer`, `quantization`.
+        `seed`, `weighting`, `server_optimizer`, `quantization`, `norm_bound`.
 
     Attributes
     ----------
@@ -126,6 +129,15 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         What happens around each round.
     finished : bool
         Whether a callback has ended the run; further rounds do nothing.
+    round : int
+        The round under way, or the last one.
+
+    Raises
+    ------
+    ConfigError
+        An option that is not allowed.
+    RunError
+        From a round: too many in a row had no answer.
     """
 
     def __init__(
@@ -138,9 +150,17 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         callbacks: Sequence[Callback] = (),
         connect_timeout: float = 60.0,
         round_timeout: float | None = None,
+        max_empty_rounds: int = 5,
+        num_examples: Sequence[int] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(model, **options)
+        if self.weighting == "examples" and num_examples is None:
+            raise ConfigError(
+                "weighting", "examples", "uniform where num_examples are not given"
+            )
+        self.num_examples = num_examples or []
+        self.max_empty_rounds = max_empty_rounds
         self.roster = Roster(
             num_clients, fraction_fit, self.seed, connect_timeout, round_timeout
         )
@@ -148,6 +168,9 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         self.books = Books(dense_bytes, self.dimension, network)
         self.callbacks = list(callbacks)
         self.finished = False
+        self.round = 0
+        self._empty_rounds = 0
+        self._least_buffers = least_buffers(model)
         self._buffer_sum = torch.zeros(0)
 
     @property
@@ -173,13 +196,13 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         if self.finished:
             return []
         self.answers = 0
-        number = self.books.absolute(server_round)
+        number = self.round = self.books.absolute(server_round)
         clients = self.roster.sample(number, client_manager)
         self.books.open_round(len(clients))
         if not clients:
             log.warning("round %d: no client is available", number)
             return []
-        return self._open_exchange(clients, number, follow_up=False)
+        return self._open_exchange(clients, follow_up=False)
 
     def aggregate_fit(
         self, server_round: int, results: Results, failures: Failures
@@ -188,8 +211,7 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         used = self._close_exchange(results, failures)
         self.books.tally.used = len(used)
         if used and self.wants_follow_up():
-            number = self.books.absolute(server_round)
-            instructions = self._open_exchange(used, number, follow_up=True)
+            instructions = self._open_exchange(used, follow_up=True)
             timeout = self.roster.answer_timeout
             answers = fit_clients(
                 instructions, len(instructions), timeout, server_round
@@ -210,6 +232,12 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         record = self.books.close_round(number, metrics)
         for callback in self.callbacks:
             self.finished |= callback.after_round(self, record)
+        self._empty_rounds = 0 if self.answers else self._empty_rounds + 1
+        if self._empty_rounds >= self.max_empty_rounds:
+            raise RunError(
+                f"no client gave a sound answer in the last {self._empty_rounds} "
+                "rounds (max_empty_rounds); the log says why"
+            )
         if record.test_loss is None or record.test_accuracy is None:
             return None
         return record.test_loss, {"accuracy": record.test_accuracy}
@@ -232,20 +260,22 @@ class SyncStrategy(MethodServer[Upload], Strategy):
     # ---- the story of an exchange -------------------------------------------------
 
     def _open_exchange(
-        self, clients: Sequence[int], number: int, follow_up: bool
+        self, clients: Sequence[int], follow_up: bool
     ) -> list[tuple[ClientProxy, FitIns]]:
         started = time.monotonic()
         for client in clients:
             self.clients.setdefault(client, ClientRecord(version=0))
-        self._buffer_sum = torch.zeros_like(self.buffers)
         self.messages.open(follow_up)
+        self.update_bound.open()
+        self.buffer_bound.open()
         self.begin_exchange()
+        self._reset_sums()
         self.messages.ask_for(self.request())
         instructions = []
         for client in clients:
             message = self.messages.write(client, self.sends_mask(client))
             self.books.sent(client, message.size, message.sizes)
-            ins = FitIns(message.parameters, {"round": number})
+            ins = FitIns(message.parameters, {"round": self.round})
             instructions.append((self.roster.proxy(client), ins))
         self.books.all_sent(time.monotonic() - started)
         return instructions
@@ -253,51 +283,81 @@ class SyncStrategy(MethodServer[Upload], Strategy):
     def _close_exchange(self, results: Results, failures: Failures) -> list[int]:
         started = time.monotonic()
         waited = self.books.waited()
-        known = [(self.roster.client(proxy), result) for proxy, result in results]
-        silent = self.books.waiting_for.difference(client for client, _ in known)
-        for failure in failures:
-            self._fail(silent, failure)
-        used: list[int] = []
-        total_weight = 0.0
+        known = {self.roster.client(proxy): result for proxy, result in results}
+        self._miss(self.books.waiting_for.difference(known), failures)
+        used: dict[int, tuple[Parameters, float]] = {}
         # Floating-point sums depend on their order: not the order of arrival.
-        for client, result in sorted(known, key=lambda item: item[0]):
+        for client in sorted(known):
+            result = known[client]
             size, sizes = size_of(result.parameters), Counter[Part]()
             try:
-                weight = self._weight(result)
+                weight = self._weight(client, result.num_examples)
                 content = self._read(client, result.parameters, sizes)
-            except WireError as error:
-                self._fail({client}, error)
+            # Whatever one client's answer holds must not end the others' round.
+            except Exception as error:  # pylint: disable=broad-exception-caught
+                # To be written the whole model is what costs the server most.
+                strikes = 2 if isinstance(error, StateLost) else 1
+                self.roster.failed(client, self.round, strikes)
+                self._leave_out(str(client), error)
                 sizes.clear()
                 continue
             finally:
                 self.books.received(size, sizes)
+            self.roster.answered(client)
             if not self.follow_up:
                 self.answers += 1
             self.books.learned(result.metrics.get("train_loss"))
             compute = result.metrics.get("compute_seconds")
             self.books.worked(client, size, compute, waited)
             self.messages.confirm(client, used=content is not None)
-            if content is None:
-                continue
-            upload, buffers = content
-            self.add_upload(upload, weight)
-            if not self.follow_up:
-                self._buffer_sum.add_(as_tensor(buffers), alpha=weight)
-            used.append(client)
-            total_weight += weight
+            if content is not None:
+                self._add(*content, weight)
+                self.update_bound.count()
+                self.buffer_bound.count()
+                used[client] = result.parameters, weight
+        # Both, as each sets its limit by that.
+        if self.update_bound.exceeded() | self.buffer_bound.exceeded():
+            self._add_bounded(used)
         if used:
+            total_weight = sum(weight for _, weight in used.values())
             self.messages.close(self.finish_exchange(total_weight))
             if not self.follow_up:
                 torch.div(self._buffer_sum, total_weight, out=self.buffers)
         else:
             self.abandon_exchange()
         self.books.close_exchange(time.monotonic() - started)
-        return used
+        return list(used)
+
+    def _reset_sums(self) -> None:
+        self._buffer_sum = torch.zeros_like(self.buffers)
+        self.reset_sums()
+
+    def _add(self, upload: Upload, buffers: FloatVector, weight: float) -> None:
+        self.add_upload(upload, weight)
+        if not self.follow_up:
+            self._buffer_sum.add_(as_tensor(buffers), alpha=weight)
+
+    def _add_bounded(self, used: dict[int, tuple[Parameters, float]]) -> None:
+        """Add all uploads once more, those that are too long cut to the limit."""
+        self._reset_sums()
+        for client, (parameters, weight) in used.items():
+            content = self._read(client, parameters, Counter())
+            assert content is not None
+            self._add(*content, weight)
+            for bound in (self.update_bound, self.buffer_bound):
+                if bound.beyond:
+                    log.warning(
+                        "client %d: an update of norm %.3g, cut to the median, %.3g",
+                        client,
+                        bound.length,
+                        bound.median,
+                    )
 
     def _read(
         self, client: int, parameters: Parameters, sizes: Sizes
-    ) -> tuple[Upload, np.ndarray] | None:
+    ) -> tuple[Upload, FloatVector] | None:
         """Return a client's upload and buffers, None if it has skipped the exchange."""
+        self.update_bound.length = self.buffer_bound.length = 0.0
         with_mask = self.sends_mask(client)
         reader = self.messages.open_answer(client, parameters, with_mask)
         if reader.header.kind is Kind.SKIPPED:
@@ -306,24 +366,42 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         size = 0 if self.follow_up else self.buffers.numel()
         buffers = reader.vector(size, part=Part.BUFFERS)
         reader.finish()
+        if size:
+            if (buffers < self._least_buffers).any():
+                raise WireError("a buffer below the least that it can be")
+            buffers = self.buffer_bound.cut(buffers, self.buffers.numpy())
         sizes.update(reader.sizes)
         return upload, buffers
 
-    def _weight(self, result: FitRes) -> float:
+    def _weight(self, client: int, num_examples: object) -> float:
         if self.weighting == "uniform":
             return 1.0
-        if not 1 <= result.num_examples < 2**31:
-            raise WireError(f"{result.num_examples} examples")
-        return float(result.num_examples)
+        known = self.num_examples[client]
+        if type(num_examples) is not int or num_examples != known:
+            raise WireError(f"it says that it has {num_examples} examples, not {known}")
+        return float(known)
 
-    def _fail(self, suspects: set[int], reason: object) -> None:
+    def _miss(self, silent: set[int], failures: Failures) -> None:
+        """Leave those out of whom there is no answer."""
+        for client in silent:
+            self.roster.failed(client, self.round, silent=True)
+        for failure in failures:
+            if isinstance(failure, tuple):
+                proxy, result = failure
+                who = str(self.roster.client(proxy))
+                self._leave_out(who, result.status.message)
+            else:
+                # Flower does not say whose it is, only that somebody is silent.
+                self._leave_out(" or ".join(map(str, sorted(silent))), failure)
+
+    def _leave_out(self, who: str, reason: object) -> None:
         self.books.tally.failures += 1
-        if isinstance(reason, tuple):
-            proxy, result = reason
-            suspects, reason = {self.roster.client(proxy)}, result.status.message
-        # Flower does not say whose exception it is, only that somebody is silent.
-        who = " or ".join(str(client) for client in sorted(suspects))
-        log.warning("client %s left out of exchange %d: %s", who, self.exchange, reason)
+        log.warning(
+            "client %s left out of exchange %d: %s",
+            who,
+            self.exchange,
+            one_line(reason),
+        )
 
     # ---- state --------------------------------------------------------------------
 
@@ -341,6 +419,8 @@ class SyncStrategy(MethodServer[Upload], Strategy):
             },
             "clients": {str(c): asdict(r) for c, r in self.clients.items()},
             "records": [astuple(record) for record in self.records],
+            "standings": self.roster.state(),
+            "norms": [self.update_bound.recent, self.buffer_bound.recent],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -362,6 +442,8 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         self.load_method_state(_below("method.", state))
         self.optimizer.load_state(as_arrays(_below("optimizer.", state)))
         self.books.restore(from_rows(state["records"]))
+        self.roster.load_state(state["standings"])
+        self.update_bound.recent, self.buffer_bound.recent = state["norms"]
 
 
 def _below(prefix: str, state: dict[str, Any]) -> dict[str, Any]:

@@ -56,6 +56,33 @@ def one_line(text: object, most: int = 500) -> str:
     return shown if len(str(text)) <= most else f"{shown}..."
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on, through no fault of its configuration."""
+
+
+def one_line(text: object, most: int = 500) -> str:
+    """Return somebody else's words as they can be shown: one line, nothing unprintable.
+
+    Parameters
+    ----------
+    text : object
+        The words, or an error that holds them.
+    most : int, default 500
+        How many characters to keep.
+
+    Returns
+    -------
+    str
+        Line ends and control characters, which could forge lines of a log or steer a
+        terminal, as escape sequences that only name them.
+    """
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode()
+        for c in str(text)[:most]
+    )
+    return shown if len(str(text)) <= most else f"{shown}..."
+
+
 def is_number(value: object) -> bool:
     """Tell whether a configuration value is a number; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -7,6 +7,8 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 # pylint: disable=wrong-import-position
+import logging  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
@@ -23,3 +25,14 @@ def data_root() -> Path:
     if not root.is_dir():
         pytest.skip(f"no real data: GWPF_DATA is unset and {root} does not exist")
     return root
+
+
+@pytest.fixture(name="warnings")
+def _warnings(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], str]:
+    """Return a function that returns what the strategy has warned of."""
+    # The command line, which other tests may have run, keeps the log to itself.
+    monkeypatch.setattr(logging.getLogger("gwpf_baseline"), "propagate", True)
+    caplog.set_level(logging.WARNING, "gwpf_baseline")
+    return lambda: "\n".join(caplog.messages)

@@ -105,6 +105,8 @@ def configured(
         "fraction_fit": cfg.fraction_fit,
         "seed": cfg.seed,
         "weighting": cfg.weighting,
+        "num_examples": [len(rows) for rows in bench.partitions],
+        "norm_bound": cfg.norm_bound,
         "server_optimizer": server_optimizer_config(cfg),
         "quantization": quantization_config(cfg),
         "callbacks": callbacks,
@@ -192,6 +194,7 @@ def small(
             quantization=strategy.get("quantization"),
         )
 
+    strategy.setdefault("num_examples", sizes)
     server = found.strategy(model, config=config, num_clients=len(sizes), **strategy)
     return Federation(server, [Node(i, partial(build, i)) for i in range(len(sizes))])
 
@@ -277,6 +280,7 @@ def scripted(
         built.script, built.starts = script, []
         return built
 
+    strategy.setdefault("num_examples", [1] * num_clients)
     server = found.strategy(model, config=config, num_clients=num_clients, **strategy)
     return Federation(server, [Node(i, partial(build, i)) for i in range(num_clients)])
 

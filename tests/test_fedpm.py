@@ -238,6 +238,7 @@ def test_the_posterior_is_the_textbooks(
         masks = rng.random((clients, 12)) < rng.random(12)
         server.messages.exchange += 1
         server.begin_exchange()
+        server.reset_sums()
         for mask in masks:
             server.add_upload(mask, 1.0)
             for i, bit in enumerate(mask.tolist()):
@@ -263,6 +264,7 @@ def test_a_checkpoint_holds_the_counts(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     server.messages.exchange = 1
     server.begin_exchange()
+    server.reset_sums()
     server.add_upload(rng.random(12) < 0.5, 1.0)
     server.finish_exchange(1.0)
     save_state(tmp_path / "state", server.state())
@@ -271,6 +273,7 @@ def test_a_checkpoint_holds_the_counts(tmp_path: Path) -> None:
     for each in (server, other):
         each.messages.exchange = 2
         each.begin_exchange()
+        each.reset_sums()
         each.add_upload(mask, 1.0)
         each.finish_exchange(1.0)
     assert torch.equal(server.weights, other.weights)
@@ -302,7 +305,7 @@ def test_what_would_not_be_used_is_refused(
     """Rather than left unsaid."""
     model = masked(nn.Linear(12, 1), 128, 8, 0)
     with pytest.raises(ConfigError) as caught:
-        FedPMStrategy(model, config=FedPMConfig(), **{"num_clients": 2, **arguments})
+        FedPMStrategy(model, config=FedPMConfig(), **{"num_clients": 2, "num_examples": [1, 1], **arguments})
     assert str(caught.value).startswith(message)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from gwpf_baseline.exchange.coding import (
+    MOST,
     Buffer,
     WireError,
     decode_number,
@@ -29,6 +30,7 @@ class Kind(IntEnum):
     UPDATE = 4  # client to server: what was learned
     LOST = 5  # client to server: I cannot follow; `base` is the version I do hold
     SKIPPED = 6  # client to server: what I learned is not worth sending
+    DIVERGED = 7  # client to server: my training did not stay finite, nothing is sent
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,8 @@ class Header:
             raise WireError(f"a payload for {d} parameters, the model has {length}")
         if since_base > exchange + 1 or since_used > exchange:
             raise WireError("a payload that builds on a version before the first")
+        if not 1 <= exchange < MOST:
+            raise WireError(f"exchange {exchange}: they are counted from 1")
         checksum = 0
         if flags & _CHECKED:
             if len(frame) < offset + _CHECKSUM.size:

@@ -31,6 +31,10 @@ from gwpf_baseline.utils import BoolVector, FloatVector
 EVERYTHING = slice(None)
 
 
+class StateLost(WireError):
+    """A client says that it no longer holds what its message builds on."""
+
+
 @dataclass
 class ClientRecord:
     """What the server knows of one client.
@@ -215,17 +219,22 @@ class Messages:
             )
         if header.kind is Kind.LOST and header.base in (-1, 0):
             held = self.records[client].version
-            self.records[client].version = header.base
-            raise WireError(
+            # It has heard which of its uploads was used last: all that start again get
+            # one and the same message.
+            self.records[client] = ClientRecord(header.base)
+            raise StateLost(
                 f"it no longer holds version {held}; "
                 "next time it gets all that it lacks"
             )
-        sound = header.kind in (Kind.UPDATE, Kind.SKIPPED)
+        sound = header.kind in (Kind.UPDATE, Kind.SKIPPED, Kind.DIVERGED)
         if not sound or header.base != self.exchange - 1:
             raise WireError(
                 f"an answer of kind {header.kind.name} from version {header.base}, "
                 f"not an update from version {self.exchange - 1}"
             )
+        if header.kind is Kind.DIVERGED:
+            self.confirm(client, used=False)
+            raise WireError("its training did not stay finite; it drops this round")
         if header.kind is Kind.SKIPPED:
             reader.finish()
         elif self.mask is not None and not with_mask:

@@ -248,10 +248,7 @@ class Reader:
         if end > len(frame):
             raise WireError(f"a vector of {length} values is cut short")
         values = np.frombuffer(frame, wanted, length, offset)
-        # A sum in float64 is finite exactly if every value is: one pass, no mask.
-        with np.errstate(invalid="ignore"):
-            total = np.sum(values, dtype=np.float64)
-        if not np.isfinite(total):
+        if not is_finite(values):
             raise WireError("a value is NaN or infinite")
         self._advance(end, part)
         # PyTorch does not promise to compute with values that begin at odd addresses.
@@ -265,6 +262,13 @@ class Reader:
     def _advance(self, end: int, part: Part) -> None:
         self.sizes[part] += end - self._offset
         self._offset = end
+
+
+def is_finite(values: np.ndarray) -> bool:
+    """Tell whether no number of an array is NaN or infinite."""
+    # A sum in float64 is finite exactly if every value is: one pass, no mask.
+    with np.errstate(invalid="ignore"):
+        return bool(np.isfinite(np.sum(values, dtype=np.float64)))
 
 
 def to_parameters(payload: bytes) -> Parameters:

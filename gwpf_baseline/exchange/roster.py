@@ -1,36 +1,91 @@
-"""Who the clients are, and which of them are there."""
+"""Who the clients are, which of them are there, and which are given a rest."""
 
 import logging
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 
 import numpy as np
 from flwr.common import GetPropertiesIns, Scalar
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 
-from gwpf_baseline.utils import ConfigError, derive_seed
+from gwpf_baseline.utils import ConfigError, derive_seed, one_line
 
 log = logging.getLogger(__name__)
 
 _MAX_THREADS = 64
+# Seconds that a round waits for new nodes to say who they are; others join a later one.
+_PATIENCE = 2.0
+_POLL = 0.2
+# Seconds that a checkpoint waits for clients where answers have no limit.
+_LONGEST_SAVE = 600.0
+# The longest rest, and the longest time until a node is asked again, is 2**6 rounds.
+_MOST_DOUBLINGS = 6
+
+
+@dataclass
+class _Node:
+    """A connected node.
+
+    Parameters
+    ----------
+    proxy : ClientProxy
+        Flower's handle.
+    partition : int or None, default None
+        What it says that it serves, once it has said so.
+    question : Future, optional
+        Its answer, while it is waited for.
+    attempts : int, default 0
+        How often it gave no sound answer.
+    ask_in : int, default 0
+        The round from which it is asked again.
+    silences : int, default 0
+        How often it gave no answer while it held its partition.
+    """
+
+    proxy: ClientProxy
+    partition: int | None = None
+    question: "Future[int | None] | None" = None
+    attempts: int = 0
+    ask_in: int = 0
+    silences: int = 0
+
+
+@dataclass
+class Standing:
+    """How well a client has answered.
+
+    Parameters
+    ----------
+    strikes : int, default 0
+        Grows by what it failed in, falls by one with each sound answer.
+    rests_until : int, default 0
+        The first round for which it may be drawn again.
+    """
+
+    strikes: int = 0
+    rests_until: int = 0
 
 
 class Roster:
     """The clients of a run, by the partition of the data that each serves.
 
-    Flower's node ids are random; partition ids make a run repeatable.
+    Flower's node ids are random; partition ids make a run repeatable. A node keeps its
+    partition while it answers; another one that claims the same takes over when it
+    fails or leaves. Clients that go on failing are asked ever less often.
 
     Parameters
     ----------
     num_clients : int
-        Clients to wait for before the first round.
+        Clients to wait for before the first round; their partitions are 0 to
+        ``num_clients - 1``.
     fraction : float
         Share of the available clients that take part in a round, at least one.
     seed : int
         Seed of the sampling.
     connect_timeout : float
-        Seconds to wait for `num_clients` nodes.
+        Seconds to wait for `num_clients` nodes, and for a node to say who it is.
     answer_timeout : float or None
         Seconds to wait for a client's answer, None for no limit.
     """
@@ -48,8 +103,12 @@ class Roster:
         self.seed = seed
         self.connect_timeout = connect_timeout
         self.answer_timeout = answer_timeout
-        self._proxies: dict[int, ClientProxy] = {}
-        self._clients: dict[str, int] = {}
+        self._nodes: dict[str, _Node] = {}
+        self._holders: dict[int, str] = {}
+        self._failing: set[int] = set()
+        self._standings: dict[int, Standing] = {}
+        self._pool = ThreadPoolExecutor(_MAX_THREADS)
+        self._complete = False
 
     def sample(self, server_round: int, client_manager: ClientManager) -> list[int]:
         """Draw the clients of a round.
@@ -59,20 +118,25 @@ class Roster:
         server_round : int
             The round; the same one draws the same clients of the same available ones.
         client_manager : ClientManager
-            Flower's connected nodes.
+            Flower's manager of connected nodes.
 
         Returns
         -------
         list of int
-            Partition ids in ascending order; empty if nobody is there.
+            Partition ids, ascending; empty if nobody is there.
 
         Raises
         ------
         ConfigError
-            Before the first round, fewer than `num_clients` nodes connect in time.
+            Before the first round, fewer than `num_clients` clients connect in time.
         """
-        self._call(client_manager)
-        available = sorted(self._proxies)
+        self._call(server_round, client_manager)
+        here = sorted(self._holders)
+        rested = [
+            client for client in here if self._rests_until(client) <= server_round
+        ]
+        # Where all have failed, a rest would help nobody.
+        available = rested or here
         if not available:
             return []
         count = max(1, round(self.fraction * len(available)))
@@ -82,58 +146,183 @@ class Roster:
 
     def proxy(self, client: int) -> ClientProxy:
         """Return the node that serves a partition."""
-        return self._proxies[client]
+        return self._nodes[self._holders[client]].proxy
 
     def client(self, proxy: ClientProxy) -> int:
-        """Return the partition that a node serves."""
-        return self._clients[proxy.cid]
+        """Return the partition that a node which was asked serves."""
+        partition = self._nodes[proxy.cid].partition
+        assert partition is not None
+        return partition
+
+    def answered(self, client: int) -> None:
+        """Note that a client gave a sound answer."""
+        standing = self._standings.get(client)
+        if standing is not None:
+            standing.strikes = max(0, standing.strikes - 1)
+
+    def failed(
+        self, client: int, server_round: int, strikes: int = 1, silent: bool = False
+    ) -> None:
+        """Note that a client's answer was of no use.
+
+        Parameters
+        ----------
+        client : int
+            Its partition id.
+        server_round : int
+            The round under way.
+        strikes : int, default 1
+            How much that counts. Up to two strikes it is asked again in the next round;
+            beyond, it rests for 1, 3, 7, ... rounds.
+        silent : bool, default False
+            Whether there was no answer at all, so that another node that claims the
+            partition is to take over.
+        """
+        standing = self._standings.setdefault(client, Standing())
+        standing.strikes += strikes
+        rest = 2 ** min(max(0, standing.strikes - 2), _MOST_DOUBLINGS) - 1
+        standing.rests_until = server_round + 1 + rest
+        if silent:
+            self._failing.add(client)
+            self._nodes[self._holders[client]].silences += 1
 
     def ask_to_save(self, server_round: int) -> None:
-        """Have every client write its state for a round's checkpoint."""
-        self._ask(self._proxies.values(), {"checkpoint": server_round})
+        """Have every client write its state for a round's checkpoint.
 
-    def _call(self, client_manager: ClientManager) -> None:
-        """Note who is connected, asking new nodes which partition they serve."""
-        complete = bool(self._proxies) or client_manager.wait_for(
-            self.num_clients, int(self.connect_timeout)
-        )
-        # Later, if all have gone, the run goes on with whoever comes back.
-        if not complete and not self._clients:
+        Parameters
+        ----------
+        server_round : int
+            The round.
+        """
+        limit = self.answer_timeout or _LONGEST_SAVE
+        config: dict[str, Scalar] = {"checkpoint": server_round}
+        asked = {
+            client: self._ask(self.proxy(client), config, limit)
+            for client in sorted(self._holders)
+        }
+        wait(asked.values(), limit)
+        for client, answer in asked.items():
+            if not answer.done() or answer.result() is None:
+                log.warning(
+                    "client %d did not write its part of the checkpoint", client
+                )
+
+    def state(self) -> dict[str, list[int]]:
+        """Return how well the clients have answered, as JSON holds it."""
+        return {
+            str(client): [standing.strikes, standing.rests_until]
+            for client, standing in self._standings.items()
+        }
+
+    def load_state(self, state: dict[str, list[int]]) -> None:
+        """Take back what :meth:`state` returned."""
+        self._standings = {int(c): Standing(*values) for c, values in state.items()}
+
+    def _rests_until(self, client: int) -> int:
+        return self._standings.get(client, Standing()).rests_until
+
+    # ---- who is there -------------------------------------------------------------
+
+    def _call(self, server_round: int, client_manager: ClientManager) -> None:
+        """Note who is connected and who serves what."""
+        deadline = time.monotonic() + self.connect_timeout
+        # Before the first round for all; later, if all have gone, for one to come back.
+        self._look(server_round, client_manager)
+        while not self._enough() and time.monotonic() < deadline:
+            time.sleep(_POLL)
+            self._look(server_round, client_manager)
+        if not self._complete and not self._enough():
             raise ConfigError(
                 "num_clients",
                 self.num_clients,
-                f"at most the number of connected nodes, "
-                f"{client_manager.num_available()}; for a simulation by flwr run: "
+                f"at most the number of partitions that connected nodes serve, "
+                f"{len(self._holders)} (nodes: {client_manager.num_available()}); "
+                "for a simulation by flwr run: "
                 f'--federation-config "num-supernodes={self.num_clients}"',
             )
-        connected = client_manager.all()
-        new = [proxy for cid, proxy in connected.items() if cid not in self._clients]
-        self._clients.update(self._ask(new, {}))
-        self._proxies = {}
-        for cid in sorted(connected):
-            client = self._clients.get(cid)
-            if client is None:
-                continue
-            if client in self._proxies:
-                log.warning("node %s also claims partition %d: left out", cid, client)
-                continue
-            self._proxies[client] = connected[cid]
+        self._complete = True
+
+    def _enough(self) -> bool:
+        wanted = 1 if self._complete else self.num_clients
+        return len(self._holders) >= wanted
+
+    def _look(self, server_round: int, client_manager: ClientManager) -> None:
+        """Ask new nodes who they are, and settle who holds which partition."""
+        self._nodes = {
+            cid: self._nodes.get(cid, _Node(proxy))
+            for cid, proxy in client_manager.all().items()
+        }
+        asked = []
+        for node in self._nodes.values():
+            unknown = node.partition is None and node.question is None
+            if unknown and node.ask_in <= server_round:
+                node.question = self._ask(node.proxy, {}, max(1, self.connect_timeout))
+                asked.append(node.question)
+        wait(asked, _PATIENCE)
+        new = []
+        for cid, node in self._nodes.items():
+            if node.question is not None and node.question.done():
+                node.partition, node.question = node.question.result(), None
+                new.append(cid)
+                if node.partition is None:
+                    later = 2 ** min(node.attempts, _MOST_DOUBLINGS)
+                    node.ask_in = server_round + later
+                    node.attempts += 1
+        self._settle()
+        for cid in new:
+            partition = self._nodes[cid].partition
+            if partition is not None and self._holders[partition] != cid:
+                log.warning(
+                    "node %s also claims partition %d, which node %s keeps",
+                    cid,
+                    partition,
+                    self._holders[partition],
+                )
+
+    def _settle(self) -> None:
+        """Let every partition be held by one node."""
+        claims: dict[int, list[str]] = {}
+        for cid in sorted(self._nodes):
+            partition = self._nodes[cid].partition
+            if partition is not None:
+                claims.setdefault(partition, []).append(cid)
+        before, self._holders = self._holders, {}
+        for client, claimants in claims.items():
+            holder = before.get(client)
+            if holder not in claimants or client in self._failing:
+                last = holder
+                # Whoever waits comes before the one that failed.
+                line = [cid for cid in claimants if cid != last] or claimants
+                holder = min(line, key=lambda cid: self._nodes[cid].silences)
+                if last not in (None, holder):
+                    log.warning("node %s takes over partition %d", holder, client)
+            self._holders[client] = holder
+        self._failing.clear()
 
     def _ask(
-        self, proxies: Iterable[ClientProxy], config: dict[str, Scalar]
-    ) -> dict[str, int]:
-        """Return the partition ids of those nodes that answer."""
+        self, proxy: ClientProxy, config: dict[str, Scalar], limit: float
+    ) -> "Future[int | None]":
+        """Ask a node which partition it serves; None if it gives no sound answer."""
+        return self._pool.submit(self._partition_of, proxy, config, limit)
 
-        def ask(proxy: ClientProxy) -> tuple[str, int] | None:
-            try:
-                answer = proxy.get_properties(
-                    GetPropertiesIns(config), self.answer_timeout, group_id=None
-                )
-                return proxy.cid, int(answer.properties["partition-id"])
-            # Whatever goes wrong on a node must not end the others' round.
-            except Exception as error:  # pylint: disable=broad-exception-caught
-                log.warning("node %s gave no answer: %s", proxy.cid, error)
-                return None
-
-        with ThreadPoolExecutor(_MAX_THREADS) as pool:
-            return dict(filter(None, pool.map(ask, proxies)))
+    def _partition_of(
+        self, proxy: ClientProxy, config: dict[str, Scalar], limit: float
+    ) -> int | None:
+        try:
+            question = GetPropertiesIns(config)
+            answer = proxy.get_properties(question, limit, group_id=None)
+            partition = answer.properties.get("partition-id")
+        # Whatever goes wrong on a node must not end the others' round.
+        except Exception as error:  # pylint: disable=broad-exception-caught
+            log.warning("node %s gave no answer: %s", proxy.cid, one_line(error))
+            return None
+        # No bool, which is an int, and no text that says a number.
+        if type(partition) is int and 0 <= partition < self.num_clients:
+            return partition
+        log.warning(
+            "node %s claims partition %s, there are 0 to %d: left out",
+            proxy.cid,
+            one_line(repr(partition)),
+            self.num_clients - 1,
+        )
+        return None

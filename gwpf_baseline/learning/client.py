@@ -4,6 +4,7 @@ A method adds what it sends of what was learned; the model's changes, what was n
 what got lost on its way, and the rounding of what was sent are looked after here.
 """
 
+import logging
 import time
 from typing import Any
 
@@ -30,6 +31,7 @@ from gwpf_baseline.exchange.payload import (
     Reader,
     Writer,
     from_parameters,
+    is_finite,
     to_parameters,
     vector_checksum,
 )
@@ -38,7 +40,12 @@ from gwpf_baseline.learning.flat_model import (
     buffers_to_vector,
     sent_buffers,
 )
-from gwpf_baseline.learning.method_client import LostState, MethodClient, Task
+from gwpf_baseline.learning.method_client import (
+    DivergedError,
+    LostState,
+    MethodClient,
+    Task,
+)
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.learning.training import Batches, TrainingConfig
 from gwpf_baseline.records.checkpoint import (
@@ -47,6 +54,8 @@ from gwpf_baseline.records.checkpoint import (
     as_tensors,
     save_state,
 )
+
+log = logging.getLogger(__name__)
 
 
 # pylint: disable-next=abstract-method  # which a method fills in
@@ -122,10 +131,20 @@ class SyncClient(MethodClient, NumPyClient):
         try:
             task = self.follow(reader, state)
         except LostState as lost:
+            self._settle_once(reader.header)
             header = self._header(reader.header, Kind.LOST, lost.version)
             return _arrays(Writer(header)), len(self.batches), {}
         writer = Writer(self._header(task.header, Kind.UPDATE, state.version, task))
-        loss = self.upload(task, state, writer)
+        try:
+            loss = self.upload(task, state, writer)
+            sound = True
+        except DivergedError:
+            loss, sound = None, False
+        if not _all_finite(state) or not sound:
+            log.warning("round %d did not stay finite: dropped", self.server_round)
+            state.save(self.context)
+            header = self._header(task.header, Kind.DIVERGED, state.version)
+            return _arrays(Writer(header)), len(self.batches), {}
         metrics: dict[str, Scalar] = {}
         if loss is not None:
             metrics["train_loss"] = loss
@@ -179,9 +198,7 @@ class SyncClient(MethodClient, NumPyClient):
         if not header.with_mask:
             # pylint: disable-next=assignment-from-none  # a method may have none
             mask = self.derive_mask(header, weights, state)
-        # What has been settled must not be again, after an exchange without an upload.
-        if header.used == state.uploaded == state.version + 1:
-            self.settle(state)
+        self._settle_if_used(header, state)
         state.version = header.exchange - 1
         if not self.dense_downlink:
             state.arrays["weights"] = weights.numpy()
@@ -219,6 +236,21 @@ class SyncClient(MethodClient, NumPyClient):
                 state = ClientState(**values, arrays=as_arrays(tensors))
         return state or ClientState()
 
+    def _settle_if_used(self, header: Header, state: ClientState) -> None:
+        # What has been settled must not be again, after an exchange without an upload.
+        if header.used == state.uploaded == state.version + 1:
+            self.settle(state)
+
+    def _settle_once(self, header: Header) -> None:
+        """Settle by a message that cannot be followed: none will say it again.
+
+        The server starts anew with a client that is lost, and forgets what it used.
+        """
+        state = self.load_state()
+        self._settle_if_used(header, state)
+        state.uploaded = 0
+        state.save(self.context)
+
     def _known_weights(self, header: Header, state: ClientState) -> torch.Tensor:
         held = state.version
         if "weights" in state.arrays and held >= header.base:
@@ -248,6 +280,14 @@ def _round_number(config: dict[str, Scalar]) -> int:
     if not isinstance(number, int) or number < 1:
         raise WireError(f"round {number!r}: rounds are counted from 1")
     return number
+
+
+def _all_finite(state: ClientState) -> bool:
+    """Forget what is not finite: it would spoil all rounds to come."""
+    spoilt = [name for name, array in state.arrays.items() if not is_finite(array)]
+    for name in spoilt:
+        del state.arrays[name]
+    return not spoilt
 
 
 def _arrays(writer: Writer) -> NDArrays:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gwpf_baseline.utils import BoolVector
+from gwpf_baseline.utils import BoolVector, FloatVector
 
 # Coordinates that are worked on at a time: some vectors of them fit any L2 cache.
 _BLOCK = 2**15
@@ -62,6 +62,12 @@ class FlatModel:
         """Clear the gradient in place, which keeps the layers' views of it."""
         assert self.vector.grad is not None
         self.vector.grad.zero_()
+
+    def is_finite(self) -> bool:
+        """Tell whether all parameters and buffers are finite."""
+        tensors = [self.vector.detach(), *sent_buffers(self.module)]
+        # A sum in float64 is finite exactly if every value is: one pass, no mask.
+        return all(math.isfinite(t.sum(dtype=torch.float64)) for t in tensors)
 
     @torch.no_grad()
     def load(self, weights: torch.Tensor, buffers: torch.Tensor) -> None:
@@ -153,6 +159,39 @@ def sent_buffers(model: nn.Module) -> list[torch.Tensor]:
     """
     names = model.state_dict().keys()
     return [buffer for name, buffer in model.named_buffers() if name in names]
+
+
+def least_buffers(model: nn.Module) -> FloatVector:
+    """Return the least that each of a model's buffers can be.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model.
+
+    Returns
+    -------
+    numpy.ndarray
+        float32 ``(b,)`` in the order of :func:`sent_buffers`: 0 for variances, which
+        normalisation takes the root of, and for counters; else minus infinity.
+    """
+    sent = {id(buffer) for buffer in sent_buffers(model)}
+    return np.concatenate(
+        [np.zeros(0, np.float32)]
+        + [
+            np.full(
+                buffer.numel(),
+                (
+                    0
+                    if name.endswith("running_var") or not buffer.is_floating_point()
+                    else -np.inf
+                ),
+                np.float32,
+            )
+            for name, buffer in model.named_buffers()
+            if id(buffer) in sent
+        ]
+    )
 
 
 def buffers_to_vector(model: nn.Module) -> torch.Tensor:

@@ -81,6 +81,10 @@ class LostState(Exception):
         self.version = version
 
 
+class DivergedError(Exception):
+    """A round's training did not stay finite."""
+
+
 class MethodClient(ABC):
     """A client's model and data, and a method's decisions about what it sends.
 
@@ -277,18 +281,35 @@ class MethodClient(ABC):
             float32 ``(d,)`` on the CPU, the weights' change.
         loss : float
             Mean training loss.
+
+        Raises
+        ------
+        DivergedError
+            The weights or the buffers did not stay finite. The cursor has moved on, all
+            else in the state is as before.
         """
         assert task.buffers is not None
         self.model.load(start, task.buffers)
-        loss, state.cursor, moments = train(
-            self.model,
-            self.batches,
-            self.training,
-            state.cursor,
-            state.moments,
-            server_round=self.server_round,
-            on_step=on_step,
-        )
+        cursor, config = state.cursor, self.training
+        # Also if nothing comes of it: the next round is to draw other samples.
+        state.cursor += config.steps(len(self.batches)) * config.batch_size
+        try:
+            loss, _, moments = train(
+                self.model,
+                self.batches,
+                config,
+                cursor,
+                state.moments,
+                server_round=self.server_round,
+                on_step=on_step,
+            )
+        # A masked network, for one, draws by its scores, and cannot by NaN.
+        except RuntimeError as error:
+            if self.model.is_finite():
+                raise
+            raise DivergedError from error
+        if not self.model.is_finite():
+            raise DivergedError
         for name, value in moments.items():
             state.arrays[f"moment.{name}"] = value
         return self.model.vector.detach().cpu() - start, loss

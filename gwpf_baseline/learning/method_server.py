@@ -22,6 +22,7 @@ from gwpf_baseline.learning.flat_model import (
     parameters_to_vector,
     values_per_layer,
 )
+from gwpf_baseline.learning.norm_bound import NormBound, check_multiple
 from gwpf_baseline.learning.server_optimizer import (
     ServerOptimizer,
     ServerOptimizerConfig,
@@ -50,6 +51,9 @@ class MethodServer(ABC, Generic[Upload]):
         How the mean update moves the model; default: by itself, as in FedAvg.
     quantization : Quantization, optional
         How values travel; default: as they are.
+    norm_bound : float, optional
+        How many times longer than the exchange's median update one client's may be; it
+        is cut to that. None: any.
 
     Attributes
     ----------
@@ -61,6 +65,8 @@ class MethodServer(ABC, Generic[Upload]):
         Where the model's tensors stand in `weights`.
     optimizer : ServerOptimizer
         The server's optimiser.
+    update_bound, buffer_bound : NormBound
+        How far one client's upload may move the model and the buffers.
     messages : Messages
         Which version of the model each client holds.
     answers : int
@@ -81,7 +87,9 @@ class MethodServer(ABC, Generic[Upload]):
         weighting: str = "uniform",
         server_optimizer: ServerOptimizerConfig | None = None,
         quantization: Quantization | None = None,
+        norm_bound: float | None = 20.0,
     ) -> None:
+        check_multiple(norm_bound)
         self.model = model
         self.config = config
         self.seed = seed
@@ -93,14 +101,23 @@ class MethodServer(ABC, Generic[Upload]):
         self.optimizer = ServerOptimizer(
             server_optimizer or ServerOptimizerConfig(), self.dimension
         )
+        self.update_bound = NormBound(norm_bound)
+        self.buffer_bound = NormBound(norm_bound)
         self.messages = Messages(self)
         self.answers = 0
 
     # ---- what a method decides ----------------------------------------------------
 
-    @abstractmethod
     def begin_exchange(self) -> None:
-        """Start the exchange's sums afresh."""
+        """Decide what the exchange is to be; by default there is nothing to decide."""
+
+    @abstractmethod
+    def reset_sums(self) -> None:
+        """Start the exchange's sums afresh.
+
+        Called after :meth:`begin_exchange`, and once more if an upload turns out to be
+        too long, so that all are added again.
+        """
 
     def request(self) -> BoolVector | None:
         """Return what clients are to upload in the exchange that has just begun.
@@ -133,6 +150,9 @@ class MethodServer(ABC, Generic[Upload]):
     @abstractmethod
     def read_upload(self, reader: Reader) -> Upload:
         """Take one client's upload from a payload, without any effect.
+
+        A vector by which one client could move the model as far as it likes has to
+        pass :meth:`bounded`; :meth:`read_update` sees to that.
 
         Parameters
         ----------
@@ -304,7 +324,10 @@ class MethodServer(ABC, Generic[Upload]):
         return changed
 
     def read_update(
-        self, reader: Reader, mask: BoolVector | None = None
+        self,
+        reader: Reader,
+        mask: BoolVector | None = None,
+        origin: FloatVector | None = None,
     ) -> FloatVector:
         """Take the values of an update, as :meth:`SyncClient.write_update` wrote them.
 
@@ -314,6 +337,8 @@ class MethodServer(ABC, Generic[Upload]):
             A client's payload.
         mask : numpy.ndarray, optional
             bool ``(d,)``, the coordinates that they belong to; default: all.
+        origin : numpy.ndarray, optional
+            As of :meth:`bounded`.
 
         Returns
         -------
@@ -321,7 +346,32 @@ class MethodServer(ABC, Generic[Upload]):
             float32 ``(k,)``. It may be read-only.
         """
         counts = values_per_layer(self.layers, mask)
-        return self.quantization.read_update(reader, counts)
+        return self.bounded(self.quantization.read_update(reader, counts), origin)
+
+    def bounded(
+        self, values: FloatVector, origin: FloatVector | None = None
+    ) -> FloatVector:
+        """Cut an update to a length beside which the other clients' count as well.
+
+        Parameters
+        ----------
+        values : numpy.ndarray
+            float32 ``(k,)``, all that an upload moves the model by.
+        origin : numpy.ndarray, optional
+            float32 ``(k,)``, the values that would not move it; default: zeros.
+
+        Returns
+        -------
+        numpy.ndarray
+            float32 ``(k,)``; as they are, unless much longer than the median update of
+            the exchange.
+
+        Raises
+        ------
+        WireError
+            Longer than any update.
+        """
+        return self.update_bound.cut(values, origin)
 
     def move(self, update: FloatVector, mask: BoolVector | None = None) -> None:
         """Move the global model by the clients' mean update.

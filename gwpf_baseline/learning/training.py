@@ -247,7 +247,8 @@ def train(
     _set_precision(config.precision)
     optimizer = _optimizer(model, config, config.lr_in(server_round))
     if config.persist_optimizer and moments:
-        state = {name: torch.from_numpy(value) for name, value in moments.items()}
+        # Copies: the optimiser works in place, and the round may come to nothing.
+        state = {name: torch.tensor(value) for name, value in moments.items()}
         optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: state}})
     total = torch.zeros((), device=model.device)
     steps = config.steps(len(batches))

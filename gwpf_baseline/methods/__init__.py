@@ -20,7 +20,7 @@ direction of each coordinate:
 >>> class MajorityStrategy(SyncStrategy):
 ...     name = "majority"
 ...
-...     def begin_exchange(self):
+...     def reset_sums(self):
 ...         self.votes = np.zeros(self.dimension, np.float32)
 ...
 ...     def read_upload(self, reader):

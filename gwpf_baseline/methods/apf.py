@@ -274,11 +274,10 @@ class APFStrategy(SyncStrategy[FloatVector]):
         self.value_sum = torch.zeros(0)
 
     def begin_exchange(self) -> None:
-        """See the last exchange's outcome, and start the sum afresh."""
+        """See the last exchange's outcome, from which the mask follows."""
         last = self.exchange - 1
         self.schedule.observe(last, self.weights.numpy())
         self.mask = self.schedule.active()
-        self.value_sum = torch.zeros(int(np.count_nonzero(self.mask)))
         self.in_step = {
             client
             for client, record in self.clients.items()
@@ -287,6 +286,10 @@ class APFStrategy(SyncStrategy[FloatVector]):
             or (self.quantization.exact_model and client in self.in_step)
             and record.used == last
         }
+
+    def reset_sums(self) -> None:
+        """Start the sum afresh."""
+        self.value_sum = torch.zeros(int(np.count_nonzero(self.mask)))
 
     def request(self) -> BoolVector:
         """Ask for what is not frozen."""

@@ -82,9 +82,9 @@ class CMFLStrategy(FedAvgStrategy):
 
     senders = 0
 
-    def begin_exchange(self) -> None:
+    def reset_sums(self) -> None:
         """Start the sum afresh."""
-        super().begin_exchange()
+        super().reset_sums()
         self.senders = 0
 
     def add_upload(self, upload: FloatVector, weight: float) -> None:

@@ -42,7 +42,7 @@ class FedAvgStrategy(SyncStrategy[FloatVector]):
 
     update_sum: torch.Tensor
 
-    def begin_exchange(self) -> None:
+    def reset_sums(self) -> None:
         """Start the sum afresh."""
         self.update_sum = torch.zeros(self.dimension)
 

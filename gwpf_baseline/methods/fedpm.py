@@ -197,6 +197,8 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
         uint16 ``(d,)``, ones among the masks since the last reset.
     masks : int
         How many masks these were.
+    new_ones, new_masks : numpy.ndarray, int
+        The same of the exchange under way.
     expected : numpy.ndarray or None
         What the coder of the exchange's masks expects, see :func:`expected_bits`.
 
@@ -222,6 +224,7 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
             )
         self.ones = np.zeros(self.dimension, np.uint16)
         self.masks = 0
+        self.new_ones, self.new_masks = np.zeros(0, np.uint16), 0
         self.expected: np.ndarray | None = None
 
     def begin_exchange(self) -> None:
@@ -230,6 +233,10 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
             self.ones.fill(0)
             self.masks = 0
         self.expected = expected_bits(self.weights.numpy(), self.config)
+
+    def reset_sums(self) -> None:
+        """Start the exchange's counts afresh."""
+        self.new_ones, self.new_masks = np.zeros(self.dimension, np.uint16), 0
 
     def write_values(self, writer: Writer, values: FloatVector) -> None:
         """Send scores as the levels of their probabilities."""
@@ -244,12 +251,14 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
     def add_upload(self, upload: BoolVector, weight: float) -> None:
         """Count one client's ones."""
         del weight
-        self.ones += upload
-        self.masks += 1
+        self.new_ones += upload
+        self.new_masks += 1
 
     def finish_exchange(self, total_weight: float) -> BoolVector:
         """Turn the counts into scores, of which there are but a few different ones."""
         del total_weight
+        self.ones += self.new_ones
+        self.masks += self.new_masks
         bits = self.config.probability_bits
         counts = np.arange(self.masks + 1)
         modes = posterior_mode(counts, self.masks, self.config.prior)

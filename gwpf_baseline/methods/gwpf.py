@@ -285,16 +285,20 @@ class GWPFStrategy(SyncStrategy[GWPFUpload]):
         self.voters = 0
 
     def begin_exchange(self) -> None:
-        """Start the sums and counts afresh."""
+        """Ask for the active coordinates, in a follow-up for those just thawed."""
         self.asked = self.thawed if self.follow_up else self.mask
         count = int(np.count_nonzero(self.asked.numpy()))
         self.sent = count + (self.sent if self.follow_up else 0)
+
+    def reset_sums(self) -> None:
+        """Start the sums and counts afresh."""
+        count = int(np.count_nonzero(self.asked.numpy()))
         self.value_sum = torch.zeros(count)
         self.vote_counts = np.zeros(self.dimension - count, np.uint16)
         self.voters = 0
 
     def request(self) -> BoolVector:
-        """Ask for the active coordinates, in a follow-up for those just thawed."""
+        """Return the coordinates to ask for."""
         return self.asked.numpy()
 
     def read_upload(self, reader: Reader) -> GWPFUpload:

@@ -165,14 +165,18 @@ class STCStrategy(SyncStrategy[Ternary]):
         self.sent = 0
         self.steps: list[Sections] = []
 
-    def begin_exchange(self) -> None:
+    def reset_sums(self) -> None:
         """Start the sum afresh."""
         self.update_sum = np.zeros(self.dimension, np.float32)
         self.sent = 0
 
     def read_upload(self, reader: Reader) -> Ternary:
         """Take one client's ternary update."""
-        return read_ternary(reader, self.dimension)
+        upload = read_ternary(reader, self.dimension)
+        if not upload.signs.size:
+            return upload
+        values = self.bounded(upload.values())
+        return upload._replace(magnitude=np.abs(values[0]))
 
     def add_upload(self, upload: Ternary, weight: float) -> None:
         """Add one client's update."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from gwpf_baseline.exchange.payload import Writer
+from gwpf_baseline.exchange.payload import Reader, Writer
 from gwpf_baseline.learning.flat_model import Layer, values_per_layer
 from gwpf_baseline.learning.method_client import Task
 from gwpf_baseline.learning.state import ClientState
@@ -155,10 +155,18 @@ class ZeroFLStrategy(SparseStrategy):
 
     csr = 0
 
-    def begin_exchange(self) -> None:
+    def reset_sums(self) -> None:
         """Start the sums afresh."""
-        super().begin_exchange()
+        super().reset_sums()
         self.csr = 0
+
+    def read_upload(self, reader: Reader) -> SparseUpload:
+        """Take one client's mask, and its weights or updates."""
+        if self.config.upload != "top_k_weights":
+            return super().read_upload(reader)
+        mask = reader.bitmap(self.dimension)
+        origin = self.weights.numpy()[mask]
+        return SparseUpload(mask, self.read_update(reader, mask, origin))
 
     def add_upload(self, upload: SparseUpload, weight: float) -> None:
         """Add one client's upload."""

@@ -47,7 +47,7 @@ class SparseStrategy(SyncStrategy[SparseUpload]):
         self.changed = np.zeros(0, np.bool_)
         self.sent = 0
 
-    def begin_exchange(self) -> None:
+    def reset_sums(self) -> None:
         """Start the sum afresh; each client chooses its own mask."""
         self.update_sum = np.zeros(self.dimension, np.float32)
         self.changed = np.zeros(self.dimension, np.bool_)

@@ -1,0 +1,159 @@
+"""How far one client's update may move the model: not much further than the others'.
+
+Norm bounding: Sun, Kairouz, Suresh, McMahan: Can You Really Backdoor Federated
+Learning? 2019, section 5. The bound is not a constant but a multiple of the median norm
+of the exchange's own updates, which follows the training and which fewer than half of
+the clients cannot move. What is beyond it is cut not to the bound but to the median:
+the bound can be so far out that honest clients hardly ever meet it, and who is beyond
+gains nothing by it.
+"""
+
+import math
+
+import numpy as np
+
+from gwpf_baseline.exchange.coding import WireError
+from gwpf_baseline.utils import ConfigError, FloatVector, is_number
+
+#: No update is that long. Sums and squares of what is shorter stay finite in float32.
+LONGEST = 1e15
+# From so many norms on, an exchange's own median is one; below, those before count too.
+_FEW = 3
+_REMEMBERED = 10
+# Values whose squares are added up in float32 before the sums are added in float64.
+_ROW = 1024
+
+
+def check_multiple(multiple: object) -> None:
+    """Check a bound as it was configured.
+
+    Parameters
+    ----------
+    multiple : object
+        Of the median norm: a number of at least 1, or None for no bound.
+
+    Raises
+    ------
+    ConfigError
+        It is something else.
+    """
+    number = is_number(multiple) and 1 <= multiple < math.inf  # type: ignore[operator]
+    if multiple is not None and not number:
+        raise ConfigError("norm_bound", multiple, "a number >= 1, or null for no bound")
+
+
+def norm(values: FloatVector) -> float:
+    """Return a vector's Euclidean norm, infinite where its squares overflow.
+
+    Parameters
+    ----------
+    values : numpy.ndarray
+        float32 ``(k,)``.
+    """
+    whole = values.size - values.size % _ROW
+    rows = values[:whole].reshape(-1, _ROW)
+    # Unlike a product by BLAS, the same to the bit with any number of threads.
+    with np.errstate(over="ignore"):
+        squares = np.einsum("ij,ij->i", rows, rows).sum(dtype=np.float64)
+        squares += np.einsum("i,i->", values[whole:], values[whole:])
+    return math.sqrt(squares)
+
+
+class NormBound:
+    """The bound on the norms of an exchange's updates.
+
+    Updates are read once to be added up and measured, and only if one of them turns out
+    to be too long, all of them once more to be cut.
+
+    Parameters
+    ----------
+    multiple : float or None
+        Of the median norm, at least 1; None for no bound.
+
+    Attributes
+    ----------
+    median : float
+        The exchange's median norm; infinite until it is known.
+    length : float
+        The norm of the update that was read last, before it was cut.
+    recent : list of float
+        The last norms, for exchanges of too few clients to have a median.
+    """
+
+    def __init__(self, multiple: float | None) -> None:
+        self.multiple = multiple
+        self.median = math.inf
+        self.length = 0.0
+        self.recent: list[float] = []
+        self._norms: list[float] = []
+
+    def open(self) -> None:
+        """Begin an exchange."""
+        self.median, self.length = math.inf, 0.0
+        self._norms = []
+
+    def cut(
+        self, values: FloatVector, origin: FloatVector | None = None
+    ) -> FloatVector:
+        """Cut an update to the median norm if it is beyond the bound.
+
+        Parameters
+        ----------
+        values : numpy.ndarray
+            float32 ``(k,)``.
+        origin : numpy.ndarray, optional
+            float32 ``(k,)``, what the values are to be near to; default: zeros.
+
+        Returns
+        -------
+        numpy.ndarray
+            float32 ``(k,)``: as they are, if their distance from the origin is within
+            the bound, else in the same direction at the median distance.
+
+        Raises
+        ------
+        WireError
+            Longer than `LONGEST`.
+        """
+        with np.errstate(over="ignore"):
+            way = values if origin is None else values - origin
+        self.length = norm(way)
+        if self.length > LONGEST:
+            raise WireError(
+                f"an update of norm {self.length:.3g}: none is longer than {LONGEST:g}"
+            )
+        if not self.beyond:
+            return values
+        way = way * np.float32(self.median / self.length)
+        return way if origin is None else origin + way
+
+    def count(self) -> None:
+        """Note that the update which was read last is used."""
+        # Who has nothing to send says nothing about how long an update is.
+        if self.length > 0:
+            self._norms.append(self.length)
+
+    @property
+    def beyond(self) -> bool:
+        """Whether the update that was read last is beyond the bound."""
+        return self._is_beyond(self.length)
+
+    def _is_beyond(self, length: float) -> bool:
+        return self.multiple is not None and length > self.multiple * self.median
+
+    def exceeded(self) -> bool:
+        """Take the median of what was counted.
+
+        Returns
+        -------
+        bool
+            Whether an update of the exchange is beyond the bound.
+        """
+        norms = self._norms
+        known = norms if len(norms) >= _FEW else self.recent + norms
+        self.recent = (self.recent + norms)[-_REMEMBERED:]
+        if not norms:
+            return False
+        # Of an even number the lower one: of two, the longer may be the liar's.
+        self.median = sorted(known)[(len(known) - 1) // 2]
+        return self._is_beyond(max(norms))

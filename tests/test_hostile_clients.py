@@ -1,0 +1,573 @@
+"""What clients can do to a run: nothing beyond their own failure."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from federation import Federation, Node, payload_of, scripted, small
+from flwr.common import (
+    Code,
+    Context,
+    FitIns,
+    FitRes,
+    GetPropertiesIns,
+    GetPropertiesRes,
+    Status,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gwpf_baseline.learning.client
+from gwpf_baseline.config import config_dir
+from gwpf_baseline.exchange.coding import MOST, WireError
+from gwpf_baseline.exchange.header import Header, Kind
+from gwpf_baseline.exchange.payload import (
+    Part,
+    Reader,
+    Writer,
+    from_parameters,
+    to_parameters,
+)
+from gwpf_baseline.learning.client import SyncClient
+from gwpf_baseline.learning.flat_model import FlatModel
+from gwpf_baseline.learning.server_optimizer import ServerOptimizerConfig
+from gwpf_baseline.learning.training import Batches, TrainingConfig, evaluate
+from gwpf_baseline.utils import ConfigError, RunError
+
+FILES = sorted({file.stem for file in config_dir().glob("method/*.yaml")})
+BRIEF = TrainingConfig(local_steps=2, batch_size=10)
+THREE = [30, 40, 50]
+
+
+class Claiming(Node):
+    """A node that says of itself what it likes, and counts how often it is asked.
+
+    Attributes
+    ----------
+    claim : object
+        What it says that its partition is; an event: it says so once that is set.
+    asked : int
+        How often it was asked.
+    """
+
+    claim: Any = None
+    asked = 0
+
+    def get_properties(
+        self, ins: GetPropertiesIns, timeout: float | None, group_id: int | None
+    ) -> GetPropertiesRes:
+        """Answer with the claim."""
+        self.asked += 1
+        claim = self.claim
+        if isinstance(claim, threading.Event):
+            claim.wait()
+            claim = self.partition
+        return GetPropertiesRes(Status(Code.OK, ""), {"partition-id": claim})
+
+
+def claiming(federation: Federation, cid: str, claim: Any, partition: int) -> Claiming:
+    """Return another node for a federation's partition."""
+    node = Claiming(partition, federation.nodes[partition].build, cid)
+    node.claim = claim
+    return node
+
+
+# ---- who they are -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [-1, 3, 10**6, 2**63 - 1, "1", "18446744073709551615", b"1", True, 1.0, 1.7, None],
+)
+def test_only_whole_numbers_below_the_number_of_clients_are_partitions(
+    claim: Any, warnings: Callable[[], str]
+) -> None:
+    """Any other node is left out, and not asked again in every round."""
+    federation, twin = (small(THREE, BRIEF) for _ in range(2))
+    stranger = claiming(federation, "stranger", claim, 1)
+    federation.server.client_manager().register(stranger)
+    assert federation.play(8).clients == twin.play(8).clients == 3
+    assert torch.equal(federation.strategy.weights, twin.strategy.weights)
+    assert not stranger.received
+    # In rounds 1, 2, 4, 8.
+    assert stranger.asked == 4
+    assert warnings().count("node stranger claims partition") == 4
+
+
+def test_who_holds_a_partition_keeps_it_while_it_answers() -> None:
+    """Also against a node whose id comes first; when it is silent, that one serves."""
+    federation = small(THREE, BRIEF, "fedavg")
+    holder = federation.nodes[1]
+    federation.play()
+    rival = claiming(federation, "a rival", 1, 1)
+    federation.server.client_manager().register(rival)
+    federation.play(2)
+    assert (len(holder.received), len(rival.received)) == (3, 0)
+    holder.reachable = False
+    assert federation.play().failures == 1
+    # The next round asks the rival, and goes on doing so while it answers.
+    assert federation.play(2).clients == 3
+    assert (len(holder.received), len(rival.received)) == (4, 2)
+    rival.reachable, holder.reachable = False, True
+    assert federation.play().failures == 1
+    assert federation.play().clients == 3
+    assert (len(holder.received), len(rival.received)) == (5, 3)
+
+
+def test_the_live_one_of_two_nodes_serves_when_a_server_starts_again() -> None:
+    """The dead one is still listed, but does not say what it serves."""
+    federation = small(THREE, BRIEF)
+    dead = claiming(federation, "dead", threading.Event(), 1)
+    federation.server.client_manager().register(dead)
+    assert federation.play(2).clients == 3
+    assert not dead.received
+    dead.claim.set()
+
+
+def test_a_node_that_leaves_is_followed_by_who_waits() -> None:
+    """At once, without a failed round."""
+    federation = small(THREE, BRIEF, "fedavg")
+    federation.play()
+    rival = claiming(federation, "rival", 1, 1)
+    manager = federation.server.client_manager()
+    manager.register(rival)
+    federation.play()
+    manager.unregister(federation.nodes[1])
+    record = federation.play()
+    assert (record.clients, record.failures) == (3, 0)
+    assert len(rival.received) == 1
+
+
+def test_nobody_waits_for_a_node_that_does_not_say_who_it_is() -> None:
+    """Rounds are played while it still thinks; once it has said so, it takes part."""
+    federation = small(THREE, BRIEF)
+    manager = federation.server.client_manager()
+    federation.play()
+    manager.unregister(federation.nodes[2])
+    thinking = claiming(federation, "thinking", threading.Event(), 2)
+    manager.register(thinking)
+    assert [federation.play().clients for _ in range(3)] == [2, 2, 2]
+    assert thinking.asked == 1
+    thinking.claim.set()
+    while federation.play().clients == 2:
+        pass
+    assert thinking.received
+
+
+def test_distinct_partitions_count_before_the_first_round() -> None:
+    """Three nodes are not three clients."""
+    federation = small(THREE, BRIEF, connect_timeout=0)
+    nodes = [federation.nodes[0]]
+    nodes += [claiming(federation, f"twin {n}", 0, 0) for n in range(2)]
+    alone = Federation(federation.strategy, nodes)
+    with pytest.raises(ConfigError, match=r"num_clients=3: .* 1 \(nodes: 3\)"):
+        alone.play()
+
+
+def test_who_goes_on_failing_is_asked_ever_less_often() -> None:
+    """And every round again once it answers."""
+    federation = small(THREE, BRIEF)
+    node = federation.nodes[1]
+    node.reachable = False
+    asked = []
+    for number in range(1, 41):
+        before = len(node.received)
+        federation.play()
+        if len(node.received) > before:
+            asked.append(number)
+    assert asked == [1, 2, 3, 5, 9, 17, 33]
+    node.reachable = True
+    clients = [federation.play().clients for _ in range(100)]
+    assert clients[-10:] == [3] * 10
+
+
+def test_resting_clients_are_asked_if_there_is_nobody_else() -> None:
+    """An outage of all must not outlast itself."""
+    federation = small(THREE, BRIEF, max_empty_rounds=100)
+    federation.play()
+    for node in federation.nodes:
+        node.reachable = False
+    federation.play(20)
+    for node in federation.nodes:
+        node.reachable = True
+    assert federation.play().clients == 3
+
+
+def test_a_run_without_answers_ends_with_an_error() -> None:
+    """After as many empty rounds in a row as configured; one answer starts anew."""
+    federation = small(THREE, BRIEF, max_empty_rounds=3)
+    for reachable in (True, False, False, True, False, False):
+        for node in federation.nodes:
+            node.reachable = reachable
+        federation.play()
+    with pytest.raises(RunError, match="in the last 3 rounds"):
+        federation.play()
+    assert len(federation.strategy.records) == 7
+
+
+# ---- what they say ------------------------------------------------------------------
+
+
+def test_words_of_clients_stay_in_their_line(warnings: Callable[[], str]) -> None:
+    """No line end, no escape sequence, not a megabyte."""
+    words = "first\n12:00 INFO all is well\r\x1b[31m\u202ered" + "x" * 10**6
+    federation = small(THREE, BRIEF)
+    federation.play()
+
+    def shout(answer: FitRes) -> FitRes:
+        raise ConnectionError(words)
+
+    federation.nodes[1].tamper = shout
+    federation.nodes[2].tamper = lambda answer: replace(
+        answer, status=Status(Code.FIT_NOT_IMPLEMENTED, words)
+    )
+    stranger = claiming(federation, "stranger", words, 1)
+    federation.server.client_manager().register(stranger)
+    assert federation.play().failures == 2
+    lines = warnings().split("\n")
+    assert len(lines) == 3
+    for line in lines:
+        assert line.isprintable() and len(line) < 800
+        assert r"first\n12:00 INFO all is well\r\x1b[31m\u202ered" in line or (
+            r"first\\n12:00" in line
+        )
+
+
+@pytest.mark.parametrize("value", [None, "1", [1.0], b"\x1b", float("nan"), 10**400])
+def test_metrics_of_any_type_harm_nobody(value: Any) -> None:
+    """They are not in the record, and the upload is used."""
+    federation = small(THREE, BRIEF)
+    metrics = {"train_loss": value, "compute_seconds": value, "more": value}
+    federation.nodes[1].tamper = partial(replace, metrics=metrics)
+    record = federation.play()
+    assert (record.clients, record.failures) == (3, 0)
+    assert record.train_loss is not None and np.isfinite(record.train_loss)
+
+
+def test_who_says_that_it_is_lost_in_every_round_gets_the_model_ever_less_often() -> (
+    None
+):
+    """And all who are lost share one message."""
+    federation = small(THREE, BRIEF, "gradient_pruning", {"keep": 0.05})
+    federation.play(5)
+
+    def deny(answer: FitRes) -> FitRes:
+        header = payload_of(answer.parameters, federation).header
+        lost = replace(header, kind=Kind.LOST, base=-1, checksum=0)
+        return replace(answer, parameters=to_parameters(lost.pack()))
+
+    for node in federation.nodes[1:]:
+        node.tamper = deny
+    federation.play(60)
+    models = [
+        [
+            message
+            for message in node.received
+            if payload_of(message, federation).header.kind is Kind.MODEL
+        ]
+        for node in federation.nodes
+    ]
+    assert [len(each) for each in models] == [0, 3, 3]
+    for one, other in zip(models[1], models[2], strict=True):
+        assert one.tensors[0] is other.tensors[0]
+
+
+def test_what_was_used_is_not_sent_again_by_who_was_lost() -> None:
+    """The client settles before it says that it is lost: the server then forgets."""
+    steps = np.full((1, 24), 0.5, np.float32)
+    federation = scripted("gaia", lambda c, e: steps * (e == 1), num_clients=3)
+    federation.play()
+    node = federation.nodes[1]
+    state = node.state
+    del state.arrays["weights"]
+    state.save(node.context)
+    assert federation.play(3).failures == 0
+    # Everybody's step of a half arrived once: the mean of the three.
+    assert torch.allclose(federation.strategy.weights, torch.full((24,), 1.5))
+
+
+# ---- how far they can move the model ------------------------------------------------
+
+
+class Attack(Writer):
+    """A writer that puts something else in the place of an upload's values."""
+
+    factor: float | None
+    value: float
+
+    def bitmap(
+        self,
+        bits: np.ndarray,
+        expected: np.ndarray | None = None,
+        part: Part = Part.POSITIONS,
+    ) -> None:
+        """Turn the signs, where values are signs."""
+        turned = part is Part.VALUES and self.factor is not None
+        super().bitmap(~bits if turned else bits, expected, part)
+
+    def vector(self, values: np.ndarray, part: Part = Part.VALUES) -> None:
+        """Put other floats in the place of the values."""
+        if part is Part.VALUES and values.dtype == np.float32:
+            if self.factor is None:
+                values = np.full_like(values, self.value)
+            else:
+                # A single one is a magnitude, whose signs are turned already.
+                sign = -1 if values.size == 1 else 1
+                values = values * np.float32(sign * self.factor)
+        super().vector(values, part)
+
+
+ATTACKS: dict[str, dict[str, float | None]] = {
+    "1e20": {"factor": None, "value": 1e20},
+    "3.4e38": {"factor": None, "value": 3.4e38},
+    "1e10": {"factor": None, "value": 1e10},
+    "times -1000": {"factor": -1000.0},
+}
+
+
+class Attacker(Node):
+    """A node whose client sends something else than it has learned."""
+
+    attack: dict[str, Any]
+
+    def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
+        """Let the client answer by another writer."""
+        writer = type("Armed", (Attack,), self.attack)
+        with patch.object(gwpf_baseline.learning.client, "Writer", writer):
+            return super().fit(ins, timeout, group_id)
+
+
+def ten(method: str, attack: str | None, **options: Any) -> Federation:
+    """Build a federation of ten, one of which attacks."""
+    training = TrainingConfig(local_steps=5, batch_size=20, lr=0.2)
+    federation = small(
+        [150] * 10, training, method, METHOD_OPTIONS.get(method), **options
+    )
+    if attack is not None:
+        honest = federation.nodes[4]
+        attacker = Attacker(4, honest.build)
+        attacker.attack = ATTACKS[attack]
+        manager = federation.server.client_manager()
+        manager.unregister(honest)
+        manager.register(attacker)
+        federation.nodes[4] = attacker
+    return federation
+
+
+# What makes a method learn the small network within 20 rounds.
+METHOD_OPTIONS: dict[str, dict[str, Any]] = {
+    "gwpf": {"vote_fraction": 0.2, "thaw_budget": 0.2},
+    "stc": {"up": 0.2, "down": 0.2},
+    "cmfl": {"threshold": 0.5},
+    "zerofl": {"sparsity": 0.5, "mask_ratio": 0.3},
+}
+
+
+def accuracy(federation: Federation) -> float:
+    """Return the test accuracy of a federation's model."""
+    strategy = federation.strategy
+    data = federation.nodes[0].build(federation.nodes[0].context).batches.data
+    model = FlatModel(strategy.model)
+    model.load(strategy.measured_weights(), strategy.buffers)
+    return evaluate(model, data)[1]
+
+
+METHODS = ["fedavg", "gwpf", "apf", "gaia", "cmfl", "gradient_pruning", "zerofl", "stc"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_of_ten_cannot_keep_the_others_from_learning(method: str) -> None:
+    """Whatever finite values it sends for 20 rounds."""
+    honest = ten(method, None)
+    assert honest.play(20).failures == 0
+    reached = accuracy(honest)
+    assert reached > 0.6
+    for attack in ATTACKS:
+        federation = ten(method, attack)
+        federation.play(20)
+        assert accuracy(federation) > reached - 0.05, attack
+
+
+@pytest.mark.parametrize("optimizer", ["fedavgm", "fedadagrad", "fedadam", "fedyogi"])
+def test_moments_of_the_server_stay_finite(optimizer: str) -> None:
+    """Whatever finite values are sent."""
+    for attack in ATTACKS:
+        config = ServerOptimizerConfig(optimizer, lr=0.03, beta1=0.9)
+        federation = ten("fedavg", attack, server_optimizer=config)
+        federation.play(5)
+        for name, moment in federation.strategy.optimizer.state().items():
+            assert np.isfinite(moment).all(), (attack, name)
+        assert torch.isfinite(federation.strategy.weights).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(
+        st.floats(width=32, allow_nan=False, allow_infinity=False),
+        min_size=4,
+        max_size=4,
+    )
+)
+def test_the_model_stays_finite_whatever_all_clients_send(values: list[float]) -> None:
+    """Even with no bound and no honest client at all."""
+    federation = scripted(
+        "fedavg",
+        lambda client, _: np.full((1, 24), values[client], np.float32),
+        norm_bound=None,
+        max_empty_rounds=100,
+    )
+    federation.play(5)
+    assert torch.isfinite(federation.strategy.weights).all()
+
+
+def test_an_update_beyond_the_bound_is_cut_to_the_median(
+    warnings: Callable[[], str],
+) -> None:
+    """In its own direction, and the others' are used as they are."""
+    lengths = [1.0, 2.0, 3.0, 500.0]
+    steps = [np.eye(24, dtype=np.float32)[[c]] * lengths[c] for c in range(4)]
+    federation = scripted("fedavg", lambda c, _: steps[c], norm_bound=20.0)
+    record = federation.play()
+    assert (record.clients, record.failures) == (4, 0)
+    moved = federation.strategy.weights.numpy() - 1
+    np.testing.assert_allclose(moved[:4], np.array([1, 2, 3, 2]) / 4, rtol=1e-6)
+    assert not moved[4:].any()
+    assert warnings() == "client 3: an update of norm 500, cut to the median, 2"
+
+
+def test_within_the_bound_and_without_one_nothing_is_cut() -> None:
+    """The same bits, with a bound that nobody meets and with none."""
+    models = []
+    for bound, longest in ((20.0, 39.0), (None, 39.0), (None, 500.0)):
+        lengths = [1.0, 2.0, 3.0, longest]
+        steps = [np.eye(24, dtype=np.float32)[[c]] * lengths[c] for c in range(4)]
+        federation = scripted(
+            "fedavg", lambda c, _, s=steps: s[c], norm_bound=bound  # type: ignore
+        )
+        federation.play()
+        models.append(federation.strategy.weights.numpy().copy())
+    np.testing.assert_array_equal(models[0], models[1])
+    assert models[2][3] == 126
+
+
+def test_where_few_take_part_the_norms_before_count() -> None:
+    """A client that is alone in a round is no measure of itself."""
+    federation = scripted(
+        "fedavg",
+        lambda c, e: np.full((1, 24), 1e6 if e == 5 else 1.0, np.float32),
+        fraction_fit=0.25,
+    )
+    federation.play(4)
+    before = federation.strategy.weights.numpy().copy()
+    federation.play()
+    np.testing.assert_allclose(federation.strategy.weights, before + 1, rtol=1e-6)
+
+
+def test_buffers_are_bounded_as_well() -> None:
+    """A variance below 0 is refused; means far out are cut to the others' distance."""
+    for place, value, failures in (
+        (5, -1e30, 1),
+        (5, -1e-6, 1),
+        (0, 1e20, 1),
+        (0, 1e6, 0),
+    ):
+        federation, twin = (small([50] * 5, BRIEF, "fedavg") for _ in range(2))
+
+        def spoil(answer: FitRes, place: int = place, value: float = value) -> FitRes:
+            payload = bytearray(from_parameters(answer.parameters))
+            buffers = np.frombuffer(payload, "<f4", 11, len(payload) - 44)
+            buffers[place] = value
+            return replace(answer, parameters=to_parameters(bytes(payload)))
+
+        federation.nodes[1].tamper = spoil
+        record = federation.play()
+        twin.play()
+        assert record.failures == failures
+        distance = federation.strategy.buffers - twin.strategy.buffers
+        assert distance.abs().max() < 0.5
+        assert (federation.strategy.buffers[5:10] >= 0).all()
+
+
+# ---- a client's own bad day ---------------------------------------------------------
+
+
+class Feverish(Batches):
+    """A client's data, which is NaN in one round."""
+
+    ill_at = -1
+
+    def batch(self, cursor: int, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what it should, or NaN."""
+        x, y = super().batch(cursor, *args)
+        return (x * float("nan") if cursor == self.ill_at else x), y
+
+
+@pytest.mark.parametrize("method", [*METHODS, "fedpm"])
+def test_a_round_that_did_not_stay_finite_is_dropped(
+    method: str, warnings: Callable[[], str]
+) -> None:
+    """One round of one client, said so; the next ones are sound."""
+    options = METHOD_OPTIONS.get(method)
+    training = replace(BRIEF, persist_optimizer=True, optimizer="adam", lr=0.01)
+    federation = small(THREE, training, method, options)
+    build = federation.nodes[1].build
+
+    def feverish(context: Context) -> SyncClient:
+        client = build(context)
+        old = client.batches
+        client.batches = Feverish(old.data, old.indices, old.seed, old.client)
+        client.batches.ill_at = 2 * BRIEF.local_steps * BRIEF.batch_size
+        return client
+
+    federation.nodes[1].build = feverish
+    failures = [federation.play().failures for _ in range(6)]
+    assert failures == [0, 0, 1, 0, 0, 0]
+    assert "client 1 left out of exchange 3: its training did not stay" in warnings()
+    state = federation.nodes[1].state
+    assert state.cursor == 6 * BRIEF.local_steps * BRIEF.batch_size
+    for name, array in state.arrays.items():
+        assert np.isfinite(array).all(), name
+
+
+def test_a_residual_beyond_all_floats_is_forgotten() -> None:
+    """Such a client fails once, not for ever."""
+    federation = small(THREE, BRIEF, "gradient_pruning", {"keep": 0.05})
+    federation.play()
+    node = federation.nodes[1]
+    state = node.state
+    state.arrays["residual"][:] = np.inf
+    state.save(node.context)
+    assert [federation.play().failures for _ in range(3)] == [1, 0, 0]
+    assert np.isfinite(node.state.arrays["residual"]).all()
+
+
+@pytest.mark.parametrize("method", ["gaia", "cmfl", "gwpf", "apf", "stc", "fedpm"])
+@pytest.mark.parametrize("exchange", [0, 1, 2, MOST - 1, MOST])
+def test_clients_take_any_number_of_an_exchange(method: str, exchange: int) -> None:
+    """They answer it, or say in a line what is wrong with it."""
+    federation = small(THREE, BRIEF, method)
+    federation.play()
+    node = federation.nodes[1]
+    header = payload_of(node.received[0], federation).header
+    for base in (-1, 0, exchange - 1, exchange):
+        for kind in (Kind.MODEL, Kind.CHANGES, Kind.VALUES):
+            odd = replace(header, exchange=exchange, base=base, used=0, kind=kind)
+            try:
+                message = odd.pack()
+            except AssertionError:
+                continue
+            client = node.build(node.context)
+            body = bytes(from_parameters(node.received[0]))
+            _, start = Header.unpack(body, header.method, header.length)
+            payload = np.frombuffer(message + body[start:], np.uint8)
+            try:
+                answer, _, _ = client.fit([payload], {"round": 1})
+            except WireError:
+                continue
+            Reader(answer[0].tobytes(), header.method, header.length)
