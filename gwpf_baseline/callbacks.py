@@ -77,8 +77,9 @@ class Checkpoints(Callback):
     def after_round(self, strategy: SyncStrategy, record: RoundRecord) -> bool:
         """Have all clients write their states, then write the server's."""
         if record.round % self.every == 0:
-            strategy.roster.ask_to_save(record.round)
+            strategy.roster.ask_to_save(record.round, strategy.committed)
             self.folder.commit(record.round, strategy.state())
+            strategy.committed = record.round
         return False
 
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,8 +75,17 @@ def make_client(
         config=bench.method_config,
         quantization=quantization_config(cfg),
         saved=CheckpointFolder(folder) if cfg.checkpoint_every else None,
-        resume=CheckpointFolder(cfg.resume) if cfg.resume else None,
+        found=_found(cfg, folder),
     )
+
+
+def _found(cfg: DictConfig, folder: str) -> list[CheckpointFolder]:
+    """Return where this client's part of a checkpoint may be: on its own disk."""
+    folders = [Path(folder)]
+    if cfg.resume:
+        # The server's path is another machine's; there, runs are called by their ids.
+        folders += [Path(cfg.resume), run_folder(Path(cfg.resume).name)]
+    return [CheckpointFolder(path) for path in folders]
 
 
 @functools.lru_cache(maxsize=1)

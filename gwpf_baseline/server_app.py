@@ -31,7 +31,7 @@ from gwpf_baseline.config import (
 )
 from gwpf_baseline.learning.flat_model import FlatModel, to_ndarrays
 from gwpf_baseline.learning.training import evaluate
-from gwpf_baseline.records.checkpoint import CheckpointFolder
+from gwpf_baseline.records.checkpoint import CheckpointFolder, StateError
 from gwpf_baseline.records.display import Display, closing_table
 from gwpf_baseline.records.history import History
 from gwpf_baseline.records.plots import plot_history
@@ -159,7 +159,11 @@ def run_server(
         callbacks.append(StopAt(cfg.stop_at, metric))
     strategy = make_strategy(cfg, bench, callbacks)
     if cfg.resume:
-        strategy.load_state(CheckpointFolder(cfg.resume).server_state())
+        try:
+            strategy.load_state(CheckpointFolder(cfg.resume).server_state())
+        except StateError as error:
+            allowed = f"the folder of a run of this configuration ({error})"
+            raise ConfigError("resume", cfg.resume, allowed) from error
         history.restore(strategy.records)
     remaining = cfg.num_rounds - len(strategy.records)
     server = Server(client_manager=SimpleClientManager(), strategy=strategy)

@@ -37,7 +37,12 @@ from gwpf_baseline.exchange.roster import Roster
 from gwpf_baseline.learning.flat_model import least_buffers, to_ndarrays
 from gwpf_baseline.learning.method_server import MethodServer, Upload
 from gwpf_baseline.records.books import Books
-from gwpf_baseline.records.checkpoint import as_arrays, as_tensors
+from gwpf_baseline.records.checkpoint import (
+    StateError,
+    as_arrays,
+    as_tensors,
+    check_like,
+)
 from gwpf_baseline.records.history import RoundRecord, from_rows
 from gwpf_baseline.utils import ConfigError, FloatVector, RunError, one_line
 
@@ -131,6 +136,8 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         Whether a callback has ended the run; further rounds do nothing.
     round : int
         The round under way, or the last one.
+    committed : int
+        The round of the last whole checkpoint, 0 if there is none.
 
     Raises
     ------
@@ -168,7 +175,7 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         self.books = Books(dense_bytes, self.dimension, network)
         self.callbacks = list(callbacks)
         self.finished = False
-        self.round = 0
+        self.round = self.committed = 0
         self._empty_rounds = 0
         self._least_buffers = least_buffers(model)
         self._buffer_sum = torch.zeros(0)
@@ -275,7 +282,8 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         for client in clients:
             message = self.messages.write(client, self.sends_mask(client))
             self.books.sent(client, message.size, message.sizes)
-            ins = FitIns(message.parameters, {"round": self.round})
+            config = {"round": self.round, "committed": self.committed}
+            ins = FitIns(message.parameters, dict(config))
             instructions.append((self.roster.proxy(client), ins))
         self.books.all_sent(time.monotonic() - started)
         return instructions
@@ -430,7 +438,20 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         ----------
         state : dict of str to object
             The state; rounds go on after its last one.
+
+        Raises
+        ------
+        StateError
+            It is none of this run's; the strategy is then of no use.
         """
+        check_like(state, self.state())
+        try:
+            self._load(state)
+        # Whatever values it holds where JSON stands for something else.
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise StateError(f"{type(error).__name__}: {error}") from error
+
+    def _load(self, state: dict[str, Any]) -> None:
         self.weights.copy_(state["weights"])
         self.buffers.copy_(state["buffers"])
         self.messages.last_changed[:] = state["last_changed"].numpy()
@@ -439,9 +460,19 @@ class SyncStrategy(MethodServer[Upload], Strategy):
             int(client): ClientRecord(**record)
             for client, record in state["clients"].items()
         }
+        for client, held in self.clients.items():
+            if not 0 <= client < self.roster.num_clients:
+                raise ValueError(f"client {client}")
+            held.check(self.exchange)
+        if self.messages.last_changed.max(initial=0) > self.exchange:
+            raise ValueError("last_changed is beyond the last exchange")
         self.load_method_state(_below("method.", state))
         self.optimizer.load_state(as_arrays(_below("optimizer.", state)))
-        self.books.restore(from_rows(state["records"]))
+        records = from_rows(state["records"])
+        if [record.round for record in records] != list(range(1, len(records) + 1)):
+            raise ValueError("the records are not of all rounds")
+        self.books.restore(records)
+        self.committed = len(records)
         self.roster.load_state(state["standings"])
         self.update_bound.recent, self.buffer_bound.recent = state["norms"]
 

@@ -46,9 +46,9 @@ def test_only_the_newest_complete_checkpoint_is_kept(tmp_path: Path) -> None:
         folder.commit(number, {"exchange": number})
         assert folder.latest() == number
         assert folder.server_state() == {"exchange": number}
-        assert folder.client_state(0) == {"cursor": number}
+        assert folder.client_state(number, 0) == {"cursor": number}
         assert len(list(folder.path.iterdir())) == 1
-    assert folder.client_state(1) is None
+    assert folder.client_state(10, 1) is None
 
 
 def test_a_half_written_checkpoint_does_not_count(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path: Path) -> None:
     (newer / "client-1.123.part").write_bytes(b"half")
     assert folder.latest() == 2
     assert folder.server_state() == {"exchange": 2}
-    assert folder.client_state(0) == {"cursor": 2}
+    assert folder.client_state(2, 0) == {"cursor": 2}
     # Going on from 2, the run writes 4 again and is done with the remains.
     folder.commit(4, {"exchange": 4})
     assert folder.latest() == 4

@@ -51,6 +51,23 @@ class ClientRecord:
     version: int
     used: int = 0
 
+    def check(self, last: int) -> None:
+        """Check numbers that were read from a file.
+
+        Parameters
+        ----------
+        last : int
+            The last exchange.
+
+        Raises
+        ------
+        ValueError
+            They are no whole numbers up to that.
+        """
+        for number, least in ((self.version, -1), (self.used, 0)):
+            if type(number) is not int or not least <= number <= last:
+                raise ValueError(f"an exchange {number!r} of {last}")
+
 
 class GlobalModel(Protocol):
     """What messages have to know of the model and its method.

@@ -186,16 +186,21 @@ class Roster:
             self._failing.add(client)
             self._nodes[self._holders[client]].silences += 1
 
-    def ask_to_save(self, server_round: int) -> None:
+    def ask_to_save(self, server_round: int, committed: int) -> None:
         """Have every client write its state for a round's checkpoint.
 
         Parameters
         ----------
         server_round : int
             The round.
+        committed : int
+            That of the checkpoint before, which counts until this one is whole.
         """
         limit = self.answer_timeout or _LONGEST_SAVE
-        config: dict[str, Scalar] = {"checkpoint": server_round}
+        config: dict[str, Scalar] = {
+            "checkpoint": server_round,
+            "committed": committed,
+        }
         asked = {
             client: self._ask(self.proxy(client), config, limit)
             for client in sorted(self._holders)

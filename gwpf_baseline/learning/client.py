@@ -6,6 +6,7 @@ what got lost on its way, and the rounding of what was sent are looked after her
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -50,10 +51,10 @@ from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.learning.training import Batches, TrainingConfig
 from gwpf_baseline.records.checkpoint import (
     CheckpointFolder,
-    as_arrays,
-    as_tensors,
+    StateError,
     save_state,
 )
+from gwpf_baseline.utils import ConfigError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +71,9 @@ class SyncClient(MethodClient, NumPyClient):
         As of :class:`~gwpf_baseline.learning.method_client.MethodClient`.
     saved : CheckpointFolder, optional
         Where to write its state when the server makes a checkpoint.
-    resume : CheckpointFolder, optional
-        Where to find its state if the context holds none.
+    found : sequence of CheckpointFolder, default none
+        Where to find its state if the context holds none, of the checkpoint that the
+        server names.
     **options : object
         `config` and `quantization`, as of the same.
     """
@@ -85,13 +87,13 @@ class SyncClient(MethodClient, NumPyClient):
         training: TrainingConfig,
         *,
         saved: CheckpointFolder | None = None,
-        resume: CheckpointFolder | None = None,
+        found: Sequence[CheckpointFolder] = (),
         **options: Any,
     ) -> None:
         super().__init__(model, initial, batches, training, **options)
         self.context = context
         self.saved = saved
-        self.resume = resume
+        self.found = found
 
     def to_client(self) -> Client:
         """Return the client that Flower calls."""
@@ -107,7 +109,8 @@ class SyncClient(MethodClient, NumPyClient):
         parameters : list of numpy.ndarray
             The server's payload: one array, uint8 ``(n,)``.
         config : dict
-            ``round``, the round's number, which the learning rate follows.
+            ``round``, the round's number, which the learning rate follows;
+            ``committed``, the round of the last whole checkpoint, if there is one.
 
         Returns
         -------
@@ -125,13 +128,15 @@ class SyncClient(MethodClient, NumPyClient):
             The payload is not of this method, model or release.
         """
         started = time.perf_counter()
-        self.server_round = _round_number(config)
-        state = self.load_state()
+        self.server_round = _whole_number(config, "round", 1)
+        committed = _whole_number(config, "committed", 0)
+        state = self.load_state(committed)
         reader = Reader(parameters[0].data, self.name, self.initial.numel())
         try:
             task = self.follow(reader, state)
         except LostState as lost:
-            self._settle_once(reader.header)
+            # As it was: the message may have been followed half the way.
+            self._settle_for_good(reader.header, self.load_state(committed))
             header = self._header(reader.header, Kind.LOST, lost.version)
             return _arrays(Writer(header)), len(self.batches), {}
         writer = Writer(self._header(task.header, Kind.UPDATE, state.version, task))
@@ -210,8 +215,8 @@ class SyncClient(MethodClient, NumPyClient):
         Parameters
         ----------
         config : dict
-            ``checkpoint``: the round to write the state for. Where to, only this
-            client's own configuration says.
+            ``checkpoint``: the round to write the state for, and ``committed``, that of
+            the checkpoint before. Where to, only this client's own configuration says.
 
         Returns
         -------
@@ -219,36 +224,64 @@ class SyncClient(MethodClient, NumPyClient):
             ``partition-id``.
         """
         if "checkpoint" in config and self.saved is not None:
-            state = self.load_state()
-            number = int(config["checkpoint"])
-            file = self.saved.client_file(number, self.batches.client)
-            save_state(file, {**as_tensors(state.arrays), **state.values()})
+            committed = _whole_number(config, "committed", 0)
+            number = _whole_number(config, "checkpoint", 1)
+            client = self.batches.client
+            file = self.saved.client_file(number, client)
+            save_state(file, self.load_state(committed).to_save(client))
+            # The new one counts once the server says so.
+            self.saved.prune(client, keep=(committed, number))
         return {"partition-id": self.batches.client}
 
-    def load_state(self) -> ClientState:
-        """Return the state: the context's, else the resumed run's, else a new one."""
+    def load_state(self, committed: int = 0) -> ClientState:
+        """Return the state: the context's, else a checkpoint's, else a new one.
+
+        Parameters
+        ----------
+        committed : int, default 0
+            The round of the checkpoint that counts; 0 for none.
+
+        Returns
+        -------
+        ClientState
+            The state.
+
+        Raises
+        ------
+        ConfigError
+            The checkpoint's file is damaged, or none of this client's.
+        """
         state = ClientState.load(self.context)
-        if state is None and self.resume is not None:
-            saved = self.resume.client_state(self.batches.client)
+        if state is not None:
+            return state
+        client, size = self.batches.client, self.initial.numel()
+        for folder in self.found if committed else ():
+            saved = folder.client_state(committed, client)
             if saved is not None:
-                tensors = {k: v for k, v in saved.items() if torch.is_tensor(v)}
-                values = {k: v for k, v in saved.items() if k not in tensors}
-                state = ClientState(**values, arrays=as_arrays(tensors))
-        return state or ClientState()
+                try:
+                    return ClientState.restore(saved, client, size)
+                except StateError as error:
+                    file = folder.client_file(committed, client)
+                    allowed = f"the client's own checkpoint ({error})"
+                    raise ConfigError("resume", file, allowed) from error
+        return ClientState()
 
     def _settle_if_used(self, header: Header, state: ClientState) -> None:
         # What has been settled must not be again, after an exchange without an upload.
         if header.used == state.uploaded == state.version + 1:
             self.settle(state)
+        elif header.used > state.uploaded:
+            # The state is a checkpoint's, from before the upload that was used: what
+            # that was made of must not be sent a second time.
+            state.arrays.pop("residual", None)
 
-    def _settle_once(self, header: Header) -> None:
-        """Settle by a message that cannot be followed: none will say it again.
+    def _settle_for_good(self, header: Header, state: ClientState) -> None:
+        """Settle by a message that cannot be followed, as none will say it again.
 
         The server starts anew with a client that is lost, and forgets what it used.
         """
-        state = self.load_state()
         self._settle_if_used(header, state)
-        state.uploaded = 0
+        self.note_sent(state, np.zeros(self.initial.numel(), np.bool_))
         state.save(self.context)
 
     def _known_weights(self, header: Header, state: ClientState) -> torch.Tensor:
@@ -275,10 +308,10 @@ class SyncClient(MethodClient, NumPyClient):
         )
 
 
-def _round_number(config: dict[str, Scalar]) -> int:
-    number = config.get("round", 1)
-    if not isinstance(number, int) or number < 1:
-        raise WireError(f"round {number!r}: rounds are counted from 1")
+def _whole_number(config: dict[str, Scalar], key: str, least: int) -> int:
+    number = config.get(key, least)
+    if type(number) is not int or number < least:
+        raise WireError(f"{key} {one_line(number)}: a whole number from {least} on")
     return number
 
 

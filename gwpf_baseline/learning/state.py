@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.common import Array, ArrayRecord, ConfigRecord, Context
+
+from gwpf_baseline.exchange.payload import is_finite
+from gwpf_baseline.records.checkpoint import (
+    StateError,
+    as_arrays,
+    as_tensors,
+    check_like,
+)
 
 _ARRAYS = "gwpf_baseline.arrays"
 _VALUES = "gwpf_baseline.values"
@@ -66,6 +75,48 @@ class ClientState:
             "uploaded": self.uploaded,
             "cursor": self.cursor,
         }
+
+    @classmethod
+    def restore(
+        cls, saved: dict[str, Any], client: int, dimension: int
+    ) -> "ClientState":
+        """Take the state out of a file's content.
+
+        Parameters
+        ----------
+        saved : dict of str to object
+            Tensors and values, as :meth:`to_save` gave them.
+        client : int
+            The partition id of the client.
+        dimension : int
+            d.
+
+        Returns
+        -------
+        ClientState
+            The state.
+
+        Raises
+        ------
+        StateError
+            It is another client's, or none.
+        """
+        arrays = as_arrays({k: v for k, v in saved.items() if torch.is_tensor(v)})
+        values = {k: v for k, v in saved.items() if k not in arrays}
+        if values.pop("client", None) != client:
+            raise StateError(f"it is not client {client}'s")
+        check_like(values, cls().values())
+        for name, array in arrays.items():
+            whole = name in ("weights", "sent", "residual")
+            if array.size > dimension or (whole and array.shape != (dimension,)):
+                raise StateError(f"{name} has {array.size} values, not {dimension}")
+            if not is_finite(array):
+                raise StateError(f"{name} is not finite")
+        return cls(**values, arrays=arrays)
+
+    def to_save(self, client: int) -> dict[str, Any]:
+        """Return the tensors and values of a file, for :meth:`restore`."""
+        return {**as_tensors(self.arrays), **self.values(), "client": client}
 
     @property
     def moments(self) -> dict[str, np.ndarray]:

@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from gwpf_baseline.exchange.payload import is_finite
 from gwpf_baseline.utils import ConfigError
 
+# What a file that is none of ours makes its readers raise.
+_UNREADABLE = (
+    SafetensorError,
+    OSError,
+    KeyError,
+    TypeError,
+    ValueError,
+    RecursionError,
+    AttributeError,
+)
 _SERVER = "server.safetensors"
+
+
+class StateError(ValueError):
+    """A saved state that is none of this run's."""
 
 
 class CheckpointFolder:
@@ -22,7 +38,8 @@ class CheckpointFolder:
 
     Clients write their states first and the server last, each by renaming a finished
     file, so a checkpoint that holds the server's file is whole. Older ones are removed
-    only then: a kill at any moment leaves one to go on from.
+    only then: a kill at any moment leaves one to go on from. Clients may have disks of
+    their own, and then know only by the server which checkpoint is whole.
 
     Parameters
     ----------
@@ -77,10 +94,28 @@ class CheckpointFolder:
         """Return the server's state of the newest complete checkpoint."""
         return load_state(self._folder(self.latest()) / _SERVER)
 
-    def client_state(self, client: int) -> dict[str, Any] | None:
-        """Return a client's state of the newest complete checkpoint, if it had one."""
-        file = self.client_file(self.latest(), client)
+    def client_state(self, server_round: int, client: int) -> dict[str, Any] | None:
+        """Return a client's state of a checkpoint, if it had one."""
+        file = self.client_file(server_round, client)
         return load_state(file) if file.exists() else None
+
+    def prune(self, client: int, keep: Collection[int]) -> None:
+        """Remove a client's files of all checkpoints but a few.
+
+        Parameters
+        ----------
+        client : int
+            Its partition id.
+        keep : collection of int
+            The rounds whose files stay.
+        """
+        kept = {self.client_file(number, client) for number in keep}
+        for file in self.path.glob(f"round-*/client-{client}.safetensors"):
+            if file not in kept:
+                file.unlink(missing_ok=True)
+                # Where the client has a disk of its own, nobody else does.
+                with suppress(OSError):
+                    file.parent.rmdir()
 
     def _folder(self, server_round: int) -> Path:
         return self.path / f"round-{server_round:06d}"
@@ -136,6 +171,45 @@ def load_state(file: Path) -> dict[str, Any]:
         with safe_open(file, framework="pt") as opened:
             state: dict[str, Any] = json.loads(opened.metadata()["values"])
             state.update({key: opened.get_tensor(key) for key in opened.keys()})
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        if not isinstance(state, dict):
+            raise ValueError("no values")
+    except _UNREADABLE as error:
         raise ConfigError("resume", file, f"a readable checkpoint ({error})") from error
     return state
+
+
+def check_like(state: Mapping[str, Any], like: Mapping[str, Any]) -> None:
+    """Check that a state which was read has the form of one that could be written.
+
+    Parameters
+    ----------
+    state : mapping of str to object
+        What was read.
+    like : mapping of str to object
+        A state of the same run: of the same keys; tensors of the same types and
+        shapes, but for bytes, which may be more or fewer; values of the same types.
+
+    Raises
+    ------
+    StateError
+        It has not, or holds a number that is not finite or below 0.
+    """
+    if state.keys() != like.keys():
+        key = min(state.keys() ^ like.keys())
+        raise StateError(f"{key} is {'not known' if key in state else 'missing'}")
+    for key, wanted in like.items():
+        value = state[key]
+        if not torch.is_tensor(wanted):
+            if type(value) is not type(wanted):
+                raise StateError(f"{key} is {type(value).__name__}")
+            if isinstance(value, int) and value < 0:
+                raise StateError(f"{key} is {value}")
+            continue
+        if not torch.is_tensor(value) or value.dtype != wanted.dtype:
+            raise StateError(f"{key} is not of type {wanted.dtype}")
+        if value.shape != wanted.shape and wanted.dtype != torch.uint8:
+            raise StateError(
+                f"{key} has the shape {tuple(value.shape)}, not {tuple(wanted.shape)}"
+            )
+        if not is_finite(value.numpy()):
+            raise StateError(f"{key} is not finite")
