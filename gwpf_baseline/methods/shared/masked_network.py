@@ -136,6 +136,40 @@ _NORMALISATION = (
 )
 
 
+def maskable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Return the layers of whose weights a mask says whether they take part.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model, which is not masked yet.
+
+    Returns
+    -------
+    dict of str to torch.nn.Linear or torch.nn.Conv2d
+        By their names in the model, in its order.
+
+    Raises
+    ------
+    ConfigError
+        Another kind of layer has parameters to train.
+    """
+    found: dict[str, nn.Linear | nn.Conv2d] = {}
+    layer: Any
+    for name, layer in model.named_modules():
+        if type(layer) in _MASKED:
+            found[name] = layer
+        elif isinstance(layer, _NORMALISATION):
+            continue
+        elif any(p.requires_grad for p in layer.parameters(recurse=False)):
+            raise ConfigError(
+                "model",
+                f"one with {type(layer).__name__}",
+                "made of convolutions, linear layers and normalisation for FedPM",
+            )
+    return found
+
+
 def masked(model: nn.Module, level: int, bits: int, seed: int) -> nn.Module:
     """Turn a model into one whose only parameters are the scores of its mask.
 
@@ -160,23 +194,16 @@ def masked(model: nn.Module, level: int, bits: int, seed: int) -> nn.Module:
         Another kind of layer has parameters to train.
     """
     layer: Any
-    for name, layer in model.named_modules():
-        kind = type(layer)
-        if kind in _MASKED:
-            # As torch's parametrizations do: the layer stays what it was otherwise.
-            layer.__class__ = _MASKED[kind]
-            shape = layer.weight.shape
-            signs = derive_seed(seed, "signs", name)
-            fixed = _fixed_weights(shape, level / 2**bits, signs)
-            layer.register_buffer("fixed", fixed, persistent=False)
-            scores = torch.full(shape, float(score_table(bits)[level]))
-            layer.weight, layer.bias = nn.Parameter(scores), None
-        elif isinstance(layer, _NORMALISATION):
+    for name, layer in maskable(model).items():
+        # As torch's parametrizations do: the layer stays what it was otherwise.
+        layer.__class__ = _MASKED[type(layer)]
+        shape = layer.weight.shape
+        signs = derive_seed(seed, "signs", name)
+        fixed = _fixed_weights(shape, level / 2**bits, signs)
+        layer.register_buffer("fixed", fixed, persistent=False)
+        scores = torch.full(shape, float(score_table(bits)[level]))
+        layer.weight, layer.bias = nn.Parameter(scores), None
+    for layer in model.modules():
+        if isinstance(layer, _NORMALISATION):
             layer.weight = layer.bias = None
-        elif any(p.requires_grad for p in layer.parameters(recurse=False)):
-            raise ConfigError(
-                "model",
-                f"one with {kind.__name__}",
-                "made of convolutions, linear layers and normalisation for FedPM",
-            )
     return model

@@ -4,6 +4,7 @@ The coding is ours; ``docs/fedpm.md`` tells what it holds.
 """
 
 import json
+import math
 import zlib
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from gwpf_baseline.exchange.coding import decode_bitmap, encode_bitmap
+from gwpf_baseline.exchange.coding import MOST, decode_bitmap, encode_bitmap
 from gwpf_baseline.exchange.payload import vector_checksum
 from gwpf_baseline.learning.flat_model import (
     buffers_to_vector,
-    parameters_to_vector,
     vector_to_buffers,
 )
 from gwpf_baseline.methods.shared.masked_network import (
@@ -24,10 +24,11 @@ from gwpf_baseline.methods.shared.masked_network import (
     MaskedConv2d,
     MaskedLinear,
     certain_scores,
+    maskable,
     masked,
 )
-from gwpf_baseline.model import initial_model
-from gwpf_baseline.utils import BoolVector, ConfigError
+from gwpf_baseline.model import MODELS, initial_model
+from gwpf_baseline.utils import BoolVector, ConfigError, is_whole, one_line
 
 NETWORK_FILE = "network.mask"
 # What a description looks like: zlib then stores little but the differences, which
@@ -38,6 +39,10 @@ _EXAMPLE = (
 )
 # No description is longer; a hostile file could claim gigabytes.
 _MOST_DESCRIPTION = 2**16
+# A file has at least a byte for so many weights, so that what a reader builds is in
+# proportion to what it was given. Only masks that are next to empty or full take less:
+# zeros follow them. A part of the format.
+_WEIGHTS_A_BYTE = 256
 
 
 def pack_description(description: dict[str, Any]) -> bytes:
@@ -106,7 +111,8 @@ def save_network(
     """
     description = pack_description({**made, "checksum": _checksum(model, mask)})
     values = buffers.numpy().astype("<f4").tobytes()
-    file.write_bytes(description + encode_bitmap(mask) + values)
+    content = description + encode_bitmap(mask) + values
+    file.write_bytes(content.ljust(_least_bytes(mask.size), b"\0"))
 
 
 def load_network(file: Path | str) -> nn.Module:
@@ -116,7 +122,8 @@ def load_network(file: Path | str) -> nn.Module:
     ----------
     file : pathlib.Path or str
         ``network.mask`` in the run's folder: a packed description with the seed
-        of the weights' signs, the coded mask, and what buffers the model has.
+        of the weights' signs, the coded mask, and what buffers the model has. It may
+        come from anybody: nothing is built before it was found to be in proportion.
 
     Returns
     -------
@@ -131,15 +138,24 @@ def load_network(file: Path | str) -> nn.Module:
         seed.
     """
     try:
-        made, rest = unpack_description(Path(file).read_bytes())
+        content = Path(file).read_bytes()
+        made, rest = unpack_description(content)
+        _check(made)
         shape, seed = tuple(made["input_shape"]), made["seed"]
-        name, options = made["model"], made["options"]
-        if made["bits"] not in LEVELS:
-            raise ValueError(f"probabilities of {made['bits']} bits")
-        model = initial_model(name, shape, made["num_classes"], seed, **options)
+        name, classes, options = made["model"], made["num_classes"], made["options"]
+        # Nothing takes memory there; next to empty, a mask could be of any size.
+        with torch.device("meta"):
+            plan = initial_model(name, shape, classes, seed, **options)
+        size = sum(layer.weight.numel() for layer in maskable(plan).values())
+        if len(content) < _least_bytes(size):
+            raise ValueError(f"{len(content)} bytes for {size} weights")
+        mask, end = decode_bitmap(rest, 0, size)
+        model = initial_model(name, shape, classes, seed, **options)
         model = masked(model, made["level"], made["bits"], seed)
-        mask, end = decode_bitmap(rest, 0, parameters_to_vector(model).numel())
-        if len(rest) - end != 4 * buffers_to_vector(model).numel():
+        stop = end + 4 * buffers_to_vector(model).numel()
+        values, padding = rest[end:stop], rest[stop:]
+        written = len(content) - len(rest) + stop
+        if len(content) != max(written, _least_bytes(size)) or any(padding):
             raise ValueError(f"{len(rest)} bytes after its description")
         if _checksum(model, mask) != made["checksum"]:
             raise ValueError("other weights than were written")
@@ -147,13 +163,45 @@ def load_network(file: Path | str) -> nn.Module:
         *(OSError, LookupError, TypeError, ValueError, RuntimeError),
         *(AttributeError, ArithmeticError, zlib.error),
     ) as error:
-        raise ConfigError(
-            "network", file, f"what FedPM has written ({error})"
-        ) from error
-    buffers = torch.from_numpy(np.frombuffer(rest, "<f4", offset=end).copy())
+        # Torch adds where in its own source it was.
+        why = one_line(error, 200)
+        raise ConfigError("network", file, f"what FedPM has written ({why})") from error
+    buffers = torch.from_numpy(np.frombuffer(values, "<f4").copy())
     nn.utils.vector_to_parameters(certain_scores(mask), model.parameters())
     vector_to_buffers(model, buffers)
     return model.eval()
+
+
+def _check(made: Any) -> None:
+    """Refuse a description whose fields are not those of a run, each in its range."""
+    sides, bits = made["input_shape"], made["bits"]
+    fits = {
+        "model": made["model"] in list(MODELS),
+        "input_shape": isinstance(sides, list) and 1 <= len(sides) <= 3
+        # Python looks for a fraction, or for text, at each place of a range.
+        and all(_is_within(side, 1, MOST) for side in sides),
+        "num_classes": _is_within(made["num_classes"], 1, MOST),
+        "options": isinstance(made["options"], dict),
+        "seed": _is_within(made["seed"], 0),
+        "bits": _is_within(bits, 1) and bits in LEVELS,
+        "level": bits in list(LEVELS) and _is_within(made["level"], 1, 2**bits - 1),
+        "checksum": _is_within(made["checksum"], 0, 2**32 - 1),
+    }
+    if made.keys() != fits.keys():
+        raise ValueError("a description of other fields")
+    for field, fit in fits.items():
+        if not fit:
+            raise ValueError(f"a description with another {field}")
+
+
+def _is_within(value: Any, least: int, most: float = math.inf) -> bool:
+    """Tell whether a value is a whole number, and in its range."""
+    return is_whole(value) and least <= value <= most
+
+
+def _least_bytes(weights: int) -> int:
+    """Return how long the file of a network of so many weights is at least."""
+    return -(-weights // _WEIGHTS_A_BYTE)
 
 
 def _checksum(model: nn.Module, mask: BoolVector) -> int:
