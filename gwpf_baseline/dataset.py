@@ -11,18 +11,17 @@ import tempfile
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
-from zipfile import BadZipFile
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from omegaconf import DictConfig
 
 from gwpf_baseline.data.settings import Settings, patterns, read_settings
-from gwpf_baseline.data.task import TaskData
+from gwpf_baseline.data.task import TaskData, check
 from gwpf_baseline.utils import ConfigError
 
-_CACHE_VERSION = 2  # to be raised whenever the same source would decode differently
+_CACHE_VERSION = 3  # to be raised whenever the same source would decode differently
 
 
 # ----------------------------------------------------------------------------- loading
@@ -50,7 +49,8 @@ def load_data(cfg: DictConfig) -> TaskData:
 
         - ``hub``: the name on the hub, or null;
         - ``image`` or ``audio``, and ``label``: column names, or null for the only one
-          of that type;
+          of that type. A table's cells hold the encoded files' bytes: paths are not
+          followed;
         - ``natural_id``: the column naming each example's natural client, or null;
         - ``test_fraction``: share of the training split held out where the source
           has no test split, the same rows for every seed;
@@ -87,8 +87,8 @@ def load_data(cfg: DictConfig) -> TaskData:
 def _load(settings: Settings, cache_dir: Path) -> TaskData:
     """Map the cached arrays, decoding them first if need be."""
     folder = cache_dir / _fingerprint(settings)
-    existed = folder.is_dir()  # asked first: another process may be about to finish
-    with suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
+    existed = os.path.lexists(folder)  # asked first: another process may soon finish
+    with suppress(Exception):  # not there yet, or damaged in whichever way
         return _map_arrays(folder, settings.metric)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -129,27 +129,30 @@ def _fingerprint(settings: Settings) -> str:
 def _map_arrays(folder: Path, metric: str) -> TaskData:
     """Open a whole cache folder; raise if it is not one."""
 
-    def array(name: str, mmap_mode: Literal["r"] | None = None) -> NDArray[Any]:
-        return np.load(folder / f"{name}.npy", mmap_mode=mmap_mode)
+    def array(name: str) -> NDArray[Any]:
+        # Mapped, so that a file which claims to be longer than it is takes no memory.
+        return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
 
     def array_or_none(name: str) -> NDArray[Any] | None:
         # An empty file, not a missing one, so that a file that got lost is noticed.
         values = array(name)
-        return values if values.size else None
+        return np.array(values) if values.size else None
 
-    return TaskData(
-        train_inputs=array("train_inputs", "r"),
-        train_targets=array("train_targets", "r"),
-        test_inputs=array("test_inputs", "r"),
-        test_targets=array("test_targets", "r"),
-        num_classes=int(array("num_classes")),
+    data = TaskData(
+        train_inputs=array("train_inputs"),
+        train_targets=array("train_targets"),
+        test_inputs=array("test_inputs"),
+        test_targets=array("test_targets"),
+        num_classes=array("num_classes").item(),
         mean=array_or_none("mean"),
         std=array_or_none("std"),
-        strata=array("strata"),
+        strata=np.array(array("strata")),
         natural_ids=array_or_none("natural_ids"),
         folder=folder,
         metric=metric,
     )
+    check(data)
+    return data
 
 
 # ------------------------------------------------------------------------ partitioning
@@ -202,28 +205,41 @@ def _partition(
     data: TaskData, cfg: tuple[tuple[str, Any], ...], num_clients: int, seed: int
 ) -> tuple[NDArray[np.int64], ...]:
     # One array of all rows and one of the bounds between clients, cached like the data.
-    file = None
+    file, examples = None, len(data.strata)
     if data.folder is not None:
         text = repr((sorted(cfg), num_clients, seed))
         name = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         file = data.folder / f"partition-{name}.npz"
-        with suppress(OSError, ValueError, EOFError, KeyError, BadZipFile):
-            with np.load(file) as saved:
-                return _cut(saved["rows"], saved["bounds"])
+        with suppress(Exception):  # not there yet, or damaged in whichever way
+            with np.load(file, allow_pickle=False) as saved:
+                return _cut(saved["rows"], saved["bounds"], num_clients, examples)
     # As slow to import as decoding.
     partitioning = importlib.import_module("gwpf_baseline.data.partitioning")
     parts = partitioning.divide(data, dict(cfg), num_clients, seed)
     rows = np.concatenate(parts)
     bounds = np.cumsum([len(part) for part in parts])[:-1]
     if file is not None:
-        fresh = file.with_suffix(f".{os.getpid()}.npz")
-        np.savez(fresh, rows=rows, bounds=bounds)
-        os.replace(fresh, file)
-    return _cut(rows, bounds)
+        with tempfile.TemporaryDirectory(prefix="tmp-", dir=file.parent) as scratch:
+            fresh = Path(scratch, file.name)
+            np.savez(fresh, rows=rows, bounds=bounds)
+            os.replace(fresh, file)
+    return _cut(rows, bounds, num_clients, examples)
 
 
 def _cut(
-    rows: NDArray[np.int64], bounds: NDArray[np.int64]
+    rows: NDArray[np.int64], bounds: NDArray[np.int64], num_clients: int, examples: int
 ) -> tuple[NDArray[np.int64], ...]:
+    """Cut the rows at the bounds; raise if no division of the examples comes out."""
     rows.flags.writeable = False
-    return tuple(np.split(rows, bounds))
+    parts = tuple(np.split(rows, bounds))
+    if not (
+        rows.dtype == np.int64
+        and rows.ndim == 1
+        and len(parts) == num_clients
+        and all(len(part) and (np.diff(part) > 0).all() for part in parts)
+        and len(np.unique(rows)) == len(rows)
+        and 0 <= rows.min()
+        and rows.max() < examples
+    ):
+        raise ValueError(f"no division of {examples} rows among {num_clients} clients")
+    return parts

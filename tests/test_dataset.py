@@ -4,8 +4,17 @@
 # pylint: disable=protected-access
 
 import itertools
+import json
+import pickle
+import re
+import resource
+import shutil
+import struct
 import subprocess
 import sys
+import time
+import zlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO
@@ -19,7 +28,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 from omegaconf import DictConfig, OmegaConf
@@ -429,6 +438,251 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         load_data(config("digits", cache_dir=tmp_path / "file"))
 
 
+# ------------------------------------------------------------------ hostile sources
+
+
+IMAGES = [png(image) for image in random_images(6)]
+LABELLED = (datasets.ClassLabel(num_classes=3), [0, 1, 2, 0, 1, 2])
+
+
+def cells(contents: list[Any], path: Any = None) -> tuple[Any, list[Any]]:
+    """Return a column of encoded files as the hub has them; None is an empty cell."""
+    kind = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    return kind, [c if c is None else {"bytes": c, "path": path} for c in contents]
+
+
+def bomb(side: int) -> bytes:
+    """Return a PNG of some hundred bytes that declares so many pixels a side."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + check
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(bytes(1000)))
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    return start + pixels + chunk(b"IEND", b"")
+
+
+def eps() -> bytes:
+    """Return a program in PostScript that draws an image."""
+    buffer = BytesIO()
+    random_images(1)[0].save(buffer, "eps")
+    return buffer.getvalue()
+
+
+def declare(file: Path, classes: int) -> None:
+    """Let a table's schema say that its labels are of so many classes."""
+    label = {"names": [str(i) for i in range(classes)], "_type": "ClassLabel"}
+    features = {"image": {"_type": "Image"}, "label": label}
+    schema = json.dumps({"info": {"features": features}}).encode()
+    table = pq.ParquetFile(file).read()
+    pq.write_table(table.replace_schema_metadata({b"huggingface": schema}), file)
+
+
+def refusal(cfg: DictConfig, cache: Path) -> str:
+    """Return the one line by which a source is refused, which leaves no cache."""
+    with pytest.raises(ConfigError) as caught:
+        load_data(cfg)
+    assert "\n" not in str(caught.value)
+    assert not list(cache.glob("*"))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "why"),
+    [
+        (IMAGES[5][:-40], "image file is truncated"),
+        (IMAGES[5][:20], "Error"),
+        (b"no image", "cannot identify image"),
+        (b"", "no bytes"),
+        (None, "an empty cell"),
+        (bomb(13_000), "decompression bomb"),
+        (bomb(60_000), "decompression bomb"),
+        (eps(), "EPS is no image"),
+    ],
+    ids=["cut", "head", "other", "empty", "null", "bomb", "large-bomb", "program"],
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_image_that_cannot_be_read_is_named(
+    tmp_path: Path, cache: Path, split: str, spoilt: bytes | None, why: str
+) -> None:
+    """By data set, split, column and row."""
+    for part in ("train", "test"):
+        contents = [*IMAGES[:5], spoilt] if part == split else IMAGES
+        file = tmp_path / "data" / f"{part}.parquet"
+        write_parquet(file, image=cells(contents, "6.png"), label=LABELLED)
+    cfg = config("parquet", path=tmp_path / "data", image="image", image_size=8)
+    line = refusal(cfg, cache)
+    assert line.startswith("dataset.image=image: must be a column of readable image")
+    assert f"row 5 of {tmp_path / 'data'}'s {split} split" in line and why in line
+
+
+def test_a_row_is_named_as_in_its_source(tmp_path: Path, cache: Path) -> None:
+    """Though a test set is held out, so that rows change their places."""
+    for spoilt in range(6):
+        contents: list[Any] = [*IMAGES]
+        contents[spoilt] = b"spoilt"
+        write_parquet(
+            tmp_path / "data" / "train.parquet", image=cells(contents), label=LABELLED
+        )
+        cfg = config("parquet", path=tmp_path / "data", image="image")
+        assert f" row {spoilt} of " in refusal(cfg, cache)
+
+
+def test_a_spoilt_file_in_a_folder_is_named(tmp_path: Path, cache: Path) -> None:
+    """By its path."""
+    for i, content in enumerate([*IMAGES[:5], IMAGES[5][:-40]]):
+        file = tmp_path / "data" / "cat" / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    cfg = config("imagefolder", path=tmp_path / "data")
+    assert f"{file}: OSError: image file is truncated" in refusal(cfg, cache)
+
+
+@settings(
+    deadline=None,
+    max_examples=30,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
+def test_a_damaged_image_is_refused_or_read(
+    tmp_path: Path, place: float, flip: int
+) -> None:
+    """No byte of it ends in a stack of library errors."""
+    spoilt = bytearray(IMAGES[5])
+    spoilt[int(place * len(spoilt))] ^= flip
+    write_parquet(
+        tmp_path / "data" / "train.parquet",
+        image=cells([*IMAGES[:5], bytes(spoilt)]),
+        label=LABELLED,
+    )
+    module._load.cache_clear()
+    try:
+        data = load_data(config("parquet", path=tmp_path / "data", image="image"))
+    except ConfigError as error:
+        assert "\n" not in str(error)
+    else:
+        assert data.input_shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("kind", ["image", "string", "audio"])
+def test_a_table_reads_no_file_of_this_machine(
+    tmp_path: Path, cache: Path, kind: str
+) -> None:
+    """A path in a cell could name any of them; only bytes count."""
+    secret = tmp_path / "data" / "secret.png"
+    secret.parent.mkdir()
+    secret.write_bytes(IMAGES[0])
+    (tmp_path / "data" / "secret.flac").write_bytes(recording(noise(1)))
+    names = [str(secret)] * 6
+    if kind == "audio":
+        cfg = spoken(tmp_path / "data", [None] * 6, str(secret.with_suffix(".flac")))
+    else:
+        cfg = config("parquet", path=tmp_path / "data", image="image")
+        column = cells([b""] * 6, str(secret))
+        if kind == "string":
+            column = (datasets.Value("string"), names)
+        file = tmp_path / "data" / "train.parquet"
+        write_parquet(file, image=column, label=LABELLED)
+    assert "only a path, no bytes" in refusal(cfg, cache)
+
+
+def test_a_folders_list_names_no_file_outside(tmp_path: Path, cache: Path) -> None:
+    """Though the library reads lists of files that lie beside them."""
+    (tmp_path / "secret.png").write_bytes(IMAGES[0])
+    (tmp_path / "data" / "cat").mkdir(parents=True)
+    for i, content in enumerate(IMAGES):
+        (tmp_path / "data" / "cat" / f"{i}.png").write_bytes(content)
+    cfg = config("imagefolder", path=tmp_path / "data", label="label")
+    listed = tmp_path / "data" / "metadata.csv"
+    names = [f"cat/{i}.png" for i in range(6)]
+    listed.write_text("\n".join(["file_name,label", *(f"{n},1" for n in names)]))
+    assert load_data(cfg).input_shape == (3, 8, 8)
+    names[3] = "../secret.png"
+    listed.write_text("\n".join(["file_name,label", *(f"{n},1" for n in names)]))
+    module._load.cache_clear()
+    for folder in cache.iterdir():
+        shutil.rmtree(folder)
+    assert "only a path, no bytes" in refusal(cfg, cache)
+
+
+NAN = float("nan")
+INTEGER, FLOAT, STRING = (datasets.Value(v) for v in ("int64", "float64", "string"))
+
+
+@pytest.mark.parametrize(
+    ("key", "column", "line"),
+    [
+        ("label", (LABELLED[0], [0, 1, 2, 0, 1, None]), "numbers or names, .*an empty"),
+        ("label", (LABELLED[0], [0, 1, 2, 0, 1, -1]), "0 to 2, .*row 5 .*class -1"),
+        ("label", (INTEGER, [0, 1, 2, 0, 1, None]), "numbers or names, .*an empty"),
+        ("label", (FLOAT, [0, 1, 2, 0, 1, NAN]), "numbers or names, .*row 5 .*an empt"),
+        ("label", (FLOAT, [0, 1, 2, 0, 1, None]), "numbers or names, .*row 5 .*an emp"),
+        ("label", (STRING, [*"abcab", None]), "numbers or names, .*row 5 .*an empty"),
+        ("label", (datasets.Value("binary"), IMAGES), "numbers or names$"),
+        ("label", (datasets.Image(), random_images(6)), "numbers or names$"),
+        ("label", cells(IMAGES), "numbers or names$"),
+        ("label", (datasets.List(INTEGER), [[1]] * 6), "numbers or names$"),
+        ("natural_id", (STRING, [*"abcab", None]), "numbers or names, .*an empty cell"),
+        ("natural_id", (FLOAT, [0, 1, 2, 0, 1, NAN]), "numbers or names, .*an empty"),
+        ("natural_id", (datasets.Image(), random_images(6)), "numbers or names$"),
+    ],
+)
+def test_labels_and_ids_are_numbers_or_names(
+    tmp_path: Path, cache: Path, key: str, column: tuple[Any, list[Any]], line: str
+) -> None:
+    """Nothing that is missing counts as a class of its own, and no image as a name."""
+    columns = {"image": cells(IMAGES), "label": LABELLED, key: column}
+    write_parquet(tmp_path / "data" / "train.parquet", **columns)
+    cfg = config("parquet", path=tmp_path / "data", image="image", **{"label": "label"})
+    cfg[key] = key
+    assert re.search(f"^dataset.{key}={key}: .*{line}", refusal(cfg, cache))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_label_outside_the_declared_classes_is_named(
+    tmp_path: Path, cache: Path, split: str
+) -> None:
+    """Else no logit would be its own, and the evaluation end the run."""
+    for part in ("train", "test"):
+        labels = [0, 1, 2, 3, 1, 2] if part == split else [0, 1, 2, 0, 1, 2]
+        file = tmp_path / "data" / f"{part}.parquet"
+        write_parquet(file, image=cells(IMAGES), label=(INTEGER, labels))
+        declare(file, 3)
+    line = refusal(config("parquet", path=tmp_path / "data"), cache)
+    assert line.startswith("dataset.label=label: must be a column of classes from 0 to")
+    assert f"row 3 of {tmp_path / 'data'}'s {split} split (class 3)" in line
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_too_few_rows_are_refused(tmp_path: Path, cache: Path, rows: int) -> None:
+    """A table needs at least one to train on, and one to test on."""
+    file = tmp_path / "data" / "train.parquet"
+    label = (LABELLED[0], LABELLED[1][:rows])
+    write_parquet(file, image=cells(IMAGES[:rows]), label=label)
+    line = refusal(config("parquet", path=tmp_path / "data", image="image"), cache)
+    assert line.startswith(("dataset.path=", "dataset.test_fraction=0.2: must be a sh"))
+
+
+def test_what_no_disk_can_hold_is_not_begun(tmp_path: Path) -> None:
+    """A memory map beyond the disk's end would kill the process."""
+    file = tmp_path / "train_inputs.npy"
+    with pytest.raises(ConfigError, match="^dataset.cache_dir=.*: must be on a disk w"):
+        decoding._create(file, np.uint8, (10**9, 3, 1024, 1024))
+    assert not file.exists()
+    assert decoding._create(file, np.uint8, (2, 3)).shape == (2, 3)
+
+
+def test_a_columns_name_forges_no_line(tmp_path: Path, cache: Path) -> None:
+    """Of a log, or of what a terminal shows."""
+    name = "label\nINFO: all is well\x1b[2J"
+    file = tmp_path / "data" / "train.parquet"
+    write_parquet(file, image=cells(IMAGES), **{name: LABELLED, "other": LABELLED})
+    line = refusal(config("parquet", path=tmp_path / "data"), cache)
+    assert line.endswith(r"columns image, label\nINFO: all is well\x1b[2J, other")
+
+
 # ----------------------------------------------------------------------------- cache
 
 
@@ -477,6 +731,112 @@ def test_a_damaged_cache_is_rebuilt(cache: Path, name: str, damage: str) -> None
     assert_array_equal(load_data(config("digits")).train_inputs, expected)
     assert file.read_bytes() == content
     assert len(list(cache.iterdir())) == 1
+
+
+class Unpickled:
+    """What leaves a trace when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let unpickling create a file."""
+        return Path.touch, (self.trace,)
+
+
+def spoil(file: Path, how: str) -> None:
+    """Put something else in an array's place, or in one of an archive's."""
+    values = np.load(file)
+    if how == "archive":
+        with file.open("wb") as opened:
+            np.savez(opened, values)
+    elif how == "objects":
+        np.save(file, np.array([Unpickled(file.parent / "trace")], dtype=object))
+    elif how == "pickle":
+        file.write_bytes(pickle.dumps(Unpickled(file.parent / "trace")))
+    elif how == "claim":  # of exabytes
+        content = file.read_bytes()
+        shape = str(values.shape).encode()
+        longer = content[:128].replace(shape, b"(%d,)" % 10**17)[:127]
+        file.write_bytes(longer.ljust(127) + b"\n" + content[128:])
+    else:
+        np.save(
+            file,
+            {
+                "dtype": lambda: values.astype(np.float64),
+                "shape": lambda: values[..., None],
+                "short": lambda: values[:-1],
+                "large": lambda: np.where(values == values.max(), 99, values),
+                "negative": lambda: np.where(values == values.max(), -1, values),
+                "nan": lambda: np.full_like(values, np.nan),
+                "zero": lambda: np.zeros_like(values),
+                "scalar": lambda: values.ravel()[0],
+            }[how](),
+        )
+
+
+DAMAGES = [
+    *itertools.product(
+        ("train_inputs", "train_targets", "test_inputs", "test_targets", "strata"),
+        ("archive", "objects", "pickle", "claim", "dtype", "shape", "short", "scalar"),
+    ),
+    *itertools.product(("train_targets", "test_targets"), ("large", "negative")),
+    *itertools.product(("mean", "std"), ("archive", "pickle", "dtype", "shape", "nan")),
+    *itertools.product(("num_classes",), ("pickle", "dtype", "zero", "archive")),
+    *(("std", "zero"), ("natural_ids", "pickle"), ("natural_ids", "archive")),
+]
+
+
+@pytest.mark.parametrize(("name", "how"), DAMAGES)
+def test_a_cache_that_no_decoding_leaves_is_rebuilt(
+    cache: Path, tmp_path: Path, name: str, how: str
+) -> None:
+    """Wrong types and shapes, targets that are no class, files of another kind."""
+    write_parquet(
+        tmp_path / "data" / "train.parquet", image=cells(IMAGES), label=LABELLED
+    )
+    cfg = config("parquet", path=tmp_path / "data", image="image")
+    load_data(cfg)
+    (folder,) = cache.iterdir()
+    content = (folder / f"{name}.npy").read_bytes()
+    spoil(folder / f"{name}.npy", how)
+    assert (folder / f"{name}.npy").read_bytes() != content
+    module._load.cache_clear()
+    data = load_data(cfg)
+    assert (folder / f"{name}.npy").read_bytes() == content
+    assert list(cache.iterdir()) == [folder]
+    assert not (folder / "trace").exists()
+    assert data.num_classes == 3
+
+
+@pytest.mark.parametrize("name", ["train_inputs", "train_targets", "test_inputs"])
+@pytest.mark.parametrize("value", [-1, 14])
+def test_a_cached_word_that_is_none_is_noticed(
+    cache: Path, tmp_path: Path, name: str, value: int
+) -> None:
+    """It would be looked up beyond the embedding's end."""
+    cfg = texts(tmp_path / "data")
+    assert load_data(cfg).num_classes == 14
+    file = next(cache.iterdir()) / f"{name}.npy"
+    content, tokens = file.read_bytes(), np.load(file)
+    tokens[0, 0] = value
+    np.save(file, tokens)
+    module._load.cache_clear()
+    load_data(cfg)
+    assert file.read_bytes() == content
+
+
+def test_something_else_in_the_caches_place_is_replaced(cache: Path) -> None:
+    """A file, or a link to nowhere, where the folder should be."""
+    load_data(config("digits"))
+    (folder,) = cache.iterdir()
+    shutil.rmtree(folder)
+    for other in (folder.touch, lambda: folder.symlink_to("nowhere")):
+        other()
+        module._load.cache_clear()
+        assert load_data(config("digits")).num_classes == 10
+        assert list(cache.iterdir()) == [folder] and not folder.is_symlink()
+        shutil.rmtree(folder)
 
 
 def test_a_kill_while_decoding_leaves_no_half_cache(
@@ -618,6 +978,54 @@ def test_a_cached_partition_is_not_computed_again(
     file.write_bytes(file.read_bytes()[:100])
     assert parts() == computed
     assert parts() == computed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": np.arange(1437) + 1},
+        {"rows": np.arange(1437) - 1},
+        {"rows": np.zeros(1437, np.int64)},
+        {"rows": np.arange(1437)[::-1]},
+        {"rows": np.arange(1437.0)},
+        {"rows": np.arange(1437)[:, None]},
+        {"rows": np.arange(0)},
+        {"bounds": np.array([3, 3, 9])},
+        {"bounds": np.array([9, 6, 3])},
+        {"bounds": np.array([3, 9, 1437])},
+        {"bounds": np.array([3, 9])},
+        {"bounds": np.array([3.0, 6.0, 9.0])},
+        {"rows": None},
+        {"rows": "objects"},
+        {},
+    ],
+    ids=str,
+)
+def test_a_partition_file_that_divides_nothing_is_rebuilt(
+    cache: Path, change: dict[str, Any]
+) -> None:
+    """Rows that no example has, or that two clients do; a client that has none."""
+    data = load_data(config("digits"))
+    expected = [p.tolist() for p in partition_indices(data, scheme("iid"), 4, seed=1)]
+    (file,) = cache.glob("*/partition-*.npz")
+    trace = cache / "trace"
+    arrays = {"rows": np.arange(1437), "bounds": np.array([3, 6, 9]), **change}
+    if arrays["rows"] is None:
+        del arrays["rows"]
+    elif isinstance(arrays["rows"], str):
+        arrays["rows"] = np.array([Unpickled(trace)] * 1437, dtype=object)
+    with file.open("wb") as opened:
+        if change:
+            np.savez(opened, **arrays)
+        else:
+            np.save(opened, arrays["rows"])
+    module._partition.cache_clear()
+    parts = partition_indices(data, scheme("iid"), 4, seed=1)
+    assert [part.tolist() for part in parts] == expected
+    assert not trace.exists()
+    with np.load(file) as saved:
+        assert_array_equal(saved["rows"], np.concatenate(parts))
+    assert not list(file.parent.glob("tmp-*"))
 
 
 def test_iid_parts_are_equal_and_mixed() -> None:
@@ -871,13 +1279,15 @@ def mfcc(samples: np.ndarray, count: int = 20) -> np.ndarray:
     ).T[None]
 
 
-def spoken(folder: Path, recordings: list[bytes]) -> DictConfig:
+def spoken(
+    folder: Path, recordings: Sequence[bytes | None], path: str | None = None
+) -> DictConfig:
     """Write recordings as the hub has them; each is a word and a speaker of its own."""
     write_parquet(
         folder / "train.parquet",
         audio=(
             {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
-            [{"bytes": r, "path": None} for r in recordings],
+            [{"bytes": r, "path": path} for r in recordings],
         ),
         label=(datasets.Value("int64"), list(range(len(recordings)))),
         speaker_id=(
@@ -935,14 +1345,69 @@ def test_other_sampling_rates_sound_alike(tmp_path: Path) -> None:
     assert_array_equal(silence.std, np.ones((1, 1, 20)))
 
 
-@pytest.mark.parametrize("content", [b"no sound", b""])
+def wave(rate: int, samples: np.ndarray, frames: int | None = None) -> bytes:
+    """Return float samples with a header that says whatever it is told."""
+    content = samples.astype("<f4").tobytes()
+    length = len(content) if frames is None else 4 * frames
+    head = struct.pack("<4sIHHIIHH", b"fmt ", 16, 3, 1, rate, 4 * rate % 2**32, 4, 32)
+    body = b"WAVE" + head + struct.pack("<4sI", b"data", length) + content
+    return struct.pack("<4sI", b"RIFF", len(body)) + body
+
+
+def endless(rate: int) -> bytes:
+    """Return a FLAC file that says it has 2**36 - 1 samples at this rate."""
+    whole = bytearray(recording(np.zeros(100), rate))
+    whole[21] |= 15
+    whole[22:26] = b"\xff" * 4
+    return bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"no sound", "Format not recognised"),
+        (b"", "an empty cell"),
+        (None, "an empty cell"),
+        (recording(noise(1))[:50], "Error"),
+        (wave(16_000, np.full(9, np.nan)), "finite"),
+        (wave(16_000, np.full(9, np.inf)), "finite"),
+        (wave(16_000, np.full(9_000, 1e30)), "finite"),
+        (wave(2**31 - 1, np.zeros(9)), "2147483647 samples a second"),
+    ],
+    ids=["other", "empty", "null", "cut", "nan", "infinite", "loud", "fast"],
+)
 def test_a_broken_recording_is_the_users_to_mend(
-    tmp_path: Path, content: bytes
+    tmp_path: Path, cache: Path, content: bytes | None, why: str
 ) -> None:
-    """It ends in one line that names the column."""
-    cfg = spoken(tmp_path, [recording(noise(1)), content])
-    with pytest.raises(ConfigError, match="^dataset.audio=audio: .* readable audio"):
-        load_data(cfg)
+    """It ends in one line that names the column and the row."""
+    cfg = spoken(tmp_path / "data", [recording(noise(1)), content])
+    line = refusal(cfg, cache)
+    assert line.startswith("dataset.audio=audio: must be a column of readable audio")
+    assert f"row 1 of {tmp_path / 'data'}'s train split" in line and why in line
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        endless(16_000),
+        endless(655_350),
+        wave(16_000, np.zeros(9), 2**29),
+        wave(1, np.zeros(10**6)),
+    ],
+    ids=["flac", "fast-flac", "wave", "slow"],
+)
+def test_no_more_of_a_recording_is_read_than_it_takes(
+    tmp_path: Path, cache: Path, content: bytes
+) -> None:
+    """However long it says that it is, or would be once it is resampled."""
+    cfg = spoken(tmp_path / "data", [recording(noise(1)), content])
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    try:
+        assert load_data(cfg).input_shape == (1, 49, 20)
+    except ConfigError:
+        assert not list(cache.glob("*"))
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 200 * 1024 and time.monotonic() - start < 10  # kilobytes, seconds
 
 
 def test_real_recordings(data_root: Path) -> None:

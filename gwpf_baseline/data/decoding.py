@@ -4,11 +4,16 @@ This needs libraries that take seconds to import; a process that finds the array
 cache never loads this module.
 """
 
+import math
+import os
 import re
+import shutil
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -18,14 +23,11 @@ import datasets
 import librosa
 import numpy as np
 import soundfile
-from datasets.exceptions import DatasetsError
 from flwr_datasets import FederatedDataset
-from librosa.util.exceptions import LibrosaError
 from numpy.lib.format import open_memmap
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
-from soundfile import SoundFileError
 
 from gwpf_baseline.data.settings import (
     FOLDERS,
@@ -37,19 +39,20 @@ from gwpf_baseline.data.settings import (
     TextSettings,
     patterns,
 )
-from gwpf_baseline.utils import ConfigError
+from gwpf_baseline.utils import ConfigError, one_line
 
 # Recordings last a second; windows of 40 ms every 20 ms then make 49 frames.
 _SAMPLE_RATE = 16_000
 _WINDOW, _HOP = 640, 320
 _FRAMES = 1 + (_SAMPLE_RATE - _WINDOW) // _HOP
+# No recorder samples faster; a file could say anything.
+_MOST_RATE = 768_000
 # In WikiText, titles of sections within an article stand between more of these signs.
 _TITLE = re.compile("= [^=].* =")
-_UNREADABLE = (TypeError, OSError, SoundFileError, LibrosaError)
 _UNKNOWN, _END_OF_LINE = "<unk>", "<eos>"
 
 _T = TypeVar("_T")
-_Splits = dict[Path, datasets.Dataset]  # by the file for a split's inputs
+_Splits = dict[Path, "_Split"]  # by the file for a split's inputs
 _Statistics = tuple[NDArray[np.float32], NDArray[np.float32]]  # mean, std
 
 
@@ -71,6 +74,32 @@ def decode(settings: Settings, folder: Path) -> None:
 # ------------------------------------------------------------------------------ tables
 
 
+@dataclass(frozen=True)
+class _Split:
+    """The examples of a split, and where in their source they lie."""
+
+    settings: TableSettings
+    source: str  # the source's own split, of which these may be a part
+    examples: datasets.Dataset
+    rows: NDArray[np.int64]  # there, from 0
+
+    def refuse(
+        self, key: str, column: str, wanted: str, i: int, why: str
+    ) -> ConfigError:
+        """Return the error that an example's cell is."""
+        where = self.settings.path or self.settings.hub or self.settings.source
+        return ConfigError(
+            f"dataset.{key}",
+            column,
+            f"a column of {wanted}, unlike row {self.rows[i]} of {where}'s "
+            f"{self.source} split ({why}): mend or remove it",
+        )
+
+    def select(self, rows: NDArray[np.int64]) -> "_Split":
+        """Return some of the examples."""
+        return replace(self, examples=self.examples.select(rows), rows=self.rows[rows])
+
+
 def _decode_table(
     settings: TableSettings, folder: Path, decode_inputs: Callable[..., _Statistics]
 ) -> dict[str, Any]:
@@ -81,11 +110,12 @@ def _decode_table(
         train, test = _read_splits(settings, library_cache)
         label = _column("label", settings.label, train, datasets.ClassLabel)
         labels, arrays["num_classes"] = _encode_labels(train, test, label)
-        arrays["train_targets"] = arrays["strata"] = labels[: len(train)]
-        arrays["test_targets"] = labels[len(train) :]
+        arrays["train_targets"] = arrays["strata"] = labels[: len(train.rows)]
+        arrays["test_targets"] = labels[len(train.rows) :]
         arrays["natural_ids"] = ()
         if settings.natural_id is not None:
-            names = _values(train, _column("natural_id", settings.natural_id, train))
+            column = _column("natural_id", settings.natural_id, train)
+            names = _values("natural_id", train, column)
             arrays["natural_ids"] = np.unique(names, return_inverse=True)[1]
         arrays["mean"], arrays["std"] = decode_inputs(
             settings,
@@ -94,17 +124,29 @@ def _decode_table(
     return arrays
 
 
-def _read_splits(
-    settings: TableSettings, library_cache: str
-) -> tuple[datasets.Dataset, datasets.Dataset]:
+def _read_splits(settings: TableSettings, library_cache: str) -> tuple[_Split, _Split]:
     """Read the training and the test split, with the inputs still encoded."""
     if settings.source == "digits":
-        splits = {"train": _digits()}
+        found = {"train": _digits()}
     else:
-        splits = _federated_splits(settings, library_cache)
-    if "test" not in splits:
-        splits = splits["train"].train_test_split(settings.test_fraction, seed=0)
-    return splits["train"], splits["test"]
+        found = _federated_splits(settings, library_cache)
+    train, *others = (
+        _Split(settings, name, examples, np.arange(len(examples)))
+        for name, examples in found.items()
+    )
+    if others:
+        return train, others[0]
+    numbers = datasets.Dataset.from_dict({"row": train.rows})
+    try:
+        parts = numbers.train_test_split(settings.test_fraction, seed=0)
+    except ValueError as error:
+        raise ConfigError(
+            "dataset.test_fraction",
+            settings.test_fraction,
+            f"a share that leaves some of {len(numbers)} rows on both sides",
+        ) from error
+    rows = parts.with_format("numpy")
+    return train.select(rows["train"]["row"][:]), train.select(rows["test"]["row"][:])
 
 
 def _digits() -> datasets.Dataset:
@@ -138,71 +180,118 @@ def _federated_splits(
         if settings.source == "imagefolder":
             where["drop_labels"] = False  # not even where there is but one class
     federated = FederatedDataset(partitioners={}, shuffle=False, **where)
+    refused = ConfigError("dataset.path", settings.path or "null", allowed)
     try:
         splits = {"train": federated.load_split("train")}
-    except (OSError, ValueError, DatasetsError) as error:
-        raise ConfigError("dataset.path", settings.path or "null", allowed) from error
+    except Exception as error:  # the library's parsers raise whatever they stumble over
+        raise refused from error
     with suppress(ValueError):  # there is no such split
         splits["test"] = federated.load_split("test")
+    if not all(splits.values()):
+        raise refused
     return splits
 
 
-def _column(
-    key: str, given: str | None, split: datasets.Dataset, kind: type = object
-) -> str:
+def _column(key: str, given: str | None, split: _Split, kind: type = object) -> str:
     """Return the given column, or the only one of its kind."""
-    found = [name for name, f in split.features.items() if isinstance(f, kind)]
+    features = split.examples.features
+    found = [name for name, f in features.items() if isinstance(f, kind)]
     if given is None and len(found) == 1:
         return found[0]
-    if given is not None and given in split.column_names:
+    if given is not None and given in features:
         return given
-    columns = ", ".join(split.column_names)
+    columns = ", ".join(features)
     raise ConfigError(
         f"dataset.{key}", given or "null", f"one of the columns {columns}"
     )
 
 
-def _values(split: datasets.Dataset, column: str) -> NDArray[Any]:
-    return split.with_format("numpy")[column][:]
+def _values(key: str, split: _Split, column: str) -> NDArray[Any]:
+    """Read a column of numbers or names, of which none is missing."""
+    feature = split.examples.features[column]
+    wanted = "numbers or names"
+    if not isinstance(feature, datasets.ClassLabel | datasets.Value) or (
+        "binary" in feature.dtype  # as images are, where no schema says so
+    ):
+        raise ConfigError(f"dataset.{key}", column, f"a column of {wanted}")
+    table = split.examples.select_columns(column).with_format("arrow")[:]
+    missing = table[column].is_null(nan_is_null=True).to_numpy()
+    if missing.any():
+        raise split.refuse(key, column, wanted, int(missing.argmax()), "an empty cell")
+    try:
+        return np.asarray(table[column].to_numpy())
+    except ValueError as error:  # names that are no UTF-8
+        raise ConfigError(f"dataset.{key}", column, f"a column of {wanted}") from error
 
 
 def _encode_labels(
-    train: datasets.Dataset, test: datasets.Dataset, column: str
+    train: _Split, test: _Split, column: str
 ) -> tuple[NDArray[np.int64], int]:
     """Return the labels of both splits, one after the other, and how many there are."""
-    labels = np.concatenate([_values(train, column), _values(test, column)])
-    feature = train.features[column]
+    labels = [_values("label", split, column) for split in (train, test)]
+    feature = train.examples.features[column]
     if not isinstance(feature, datasets.ClassLabel):  # bare numbers, or names
-        classes, labels = np.unique(labels, return_inverse=True)
-        return labels.astype(np.int64), len(classes)
-    labels = labels.astype(np.int64)
-    if labels.min() < 0:
-        raise ConfigError("dataset.label", column, "a column without unlabelled rows")
-    return labels, feature.num_classes
+        classes, encoded = np.unique(np.concatenate(labels), return_inverse=True)
+        return encoded.astype(np.int64), len(classes)
+    count = feature.num_classes
+    for split, values in zip((train, test), labels, strict=True):
+        wrong = (values < 0) | (values >= count)
+        if wrong.any():
+            i = int(wrong.argmax())
+            wanted = f"classes from 0 to {count - 1}, without unlabelled rows"
+            raise split.refuse("label", column, wanted, i, f"class {values[i]}")
+    return np.concatenate(labels).astype(np.int64), count
 
 
 def _read_files(
-    split: datasets.Dataset,
+    split: _Split,
     column: str,
     kind: type[datasets.Image | datasets.Audio],
     read: Callable[[Any], _T],
 ) -> Iterator[_T]:
     """Read, with the given function, one encoded file after the other."""
     key = kind.__name__.lower()
-    mend = ConfigError(f"dataset.{key}", column, f"a column of readable {key} files")
+    wanted = f"readable {key} files"
     try:
-        encoded = split.select_columns(column).cast_column(column, kind(decode=False))
+        encoded = split.examples.select_columns(column)
+        encoded = encoded.cast_column(column, kind(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise mend from error
-    for batch in encoded.iter(1000):
-        for item in batch[column]:
-            try:
-                content = read(
-                    BytesIO(item["bytes"]) if item["bytes"] else item["path"]
-                )
-            except _UNREADABLE as error:
-                raise mend from error
-            yield content
+        raise ConfigError(f"dataset.{key}", column, f"a column of {wanted}") from error
+    items = (item for batch in encoded.iter(1000) for item in batch[column])
+    for i, item in enumerate(items):
+        try:
+            content = read(_open_file(item, split.settings))
+        # Decoders of somebody's bytes raise whatever they stumble over.
+        except Exception as error:
+            name = item and item["path"]
+            why = f"{name or 'no name'}: {type(error).__name__}: {error}"
+            raise split.refuse(key, column, wanted, i, one_line(why, 300)) from error
+        yield content
+
+
+def _open_file(item: dict[str, Any] | None, settings: TableSettings) -> Any:
+    """Return an encoded file's bytes, or its name in the folder of the images."""
+    if item is not None and item["bytes"]:
+        return BytesIO(item["bytes"])
+    if item is None or not item["path"]:
+        raise ValueError("an empty cell")
+    # A table that names files could name any of this machine.
+    file = Path(os.path.normpath(item["path"]))
+    if settings.source != "imagefolder" or settings.path not in file.parents:
+        raise ValueError("only a path, no bytes")
+    return file
+
+
+def _create(file: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> np.memmap:
+    """Create an array on disk that is written row by row."""
+    # A memory map beyond the disk's end kills the process that writes to it.
+    needed = math.prod(shape) * np.dtype(dtype).itemsize
+    free = shutil.disk_usage(file.parent).free
+    if needed > free:
+        size = "x".join(map(str, shape))
+        allowed = f"on a disk with {needed:,} bytes free, not {free:,}, to hold {size}"
+        raise ConfigError("dataset.cache_dir", file.parent, allowed)
+    return open_memmap(file, mode="w+", dtype=dtype, shape=shape)
 
 
 # ------------------------------------------------------------------------------ images
@@ -212,29 +301,34 @@ def _decode_images(settings: ImageSettings, splits: _Splits) -> _Statistics:
     """Write the images of all splits; return the mean and std of the first's."""
     train_file, train = next(iter(splits.items()))
     image = _column("image", settings.image, train, datasets.Image)
-    size, mode = _common_format(settings.image_size, image, *splits.values())
-    for file, split in splits.items():
-        _write_images(file, split, image, size, mode)
+    with warnings.catch_warnings():
+        # Of an image that is so large that only its being a bomb explains it.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        size, mode = _common_format(settings.image_size, image, *splits.values())
+        for file, split in splits.items():
+            _write_images(file, split, image, size, mode)
     return _mean_and_std(train_file)
 
 
-def _open_images(split: datasets.Dataset, column: str) -> Iterator[Image.Image]:
-    """Open, but do not yet decode, one image after the other."""
-    for image in _read_files(split, column, datasets.Image, Image.open):
-        with image:
-            yield image
+def _read_format(file: Any) -> tuple[tuple[int, int], str]:
+    """Return an image's (width, height) and base mode, without decoding it."""
+    with Image.open(file) as image:
+        if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
+            raise ValueError("EPS is no image")
+        return image.size, Image.getmodebase(image.mode)
 
 
 def _common_format(
-    image_size: int | None, column: str, *splits: datasets.Dataset
+    image_size: int | None, column: str, *splits: _Split
 ) -> tuple[tuple[int, int], str]:
     """Find the (width, height) and the mode, grey or colour, that all images get."""
-    sizes, modes = set(), set()
-    for split in splits:
-        for image in _open_images(split, column):
-            sizes.add(image.size)
-            modes.add(Image.getmodebase(image.mode))
-    mode = "L" if modes == {"L"} else "RGB"
+    formats = {
+        found
+        for split in splits
+        for found in _read_files(split, column, datasets.Image, _read_format)
+    }
+    sizes = {size for size, _ in formats}
+    mode = "L" if all(mode == "L" for _, mode in formats) else "RGB"
     if image_size is not None:
         return (image_size, image_size), mode
     if len(sizes) > 1:
@@ -246,24 +340,29 @@ def _common_format(
 
 
 def _write_images(
-    file: Path,
-    split: datasets.Dataset,
-    column: str,
-    size: tuple[int, int],
-    mode: str,
+    file: Path, split: _Split, column: str, size: tuple[int, int], mode: str
 ) -> None:
     """Decode a split into a uint8 array of shape ``(N, C, H, W)`` on disk."""
     width, height = size
-    shape = (len(split), len(mode), height, width)  # a mode has a letter per channel
-    array = open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
-    for row, image in enumerate(_open_images(split, column)):
+    channels = len(mode)  # a mode has a letter per channel
+    array = _create(file, np.uint8, (len(split.rows), channels, height, width))
+    read = partial(_read_pixels, size=size, mode=mode)
+    for i, pixels in enumerate(_read_files(split, column, datasets.Image, read)):
+        array[i] = pixels
+    array.flush()
+
+
+def _read_pixels(file: Any, size: tuple[int, int], mode: str) -> NDArray[np.uint8]:
+    """Decode an image, ``(C, H, W)``."""
+    with Image.open(file) as encoded:
+        image: Image.Image = encoded
         if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         image = image.convert(mode)
-        if image.size != size:
-            image = image.resize(size, Image.Resampling.BILINEAR)
-        array[row] = np.asarray(image).reshape(height, width, -1).transpose(2, 0, 1)
-    array.flush()
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    width, height = size
+    return np.asarray(image).reshape(height, width, -1).transpose(2, 0, 1)
 
 
 def _mean_and_std(file: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -293,10 +392,10 @@ def _decode_recordings(settings: AudioSettings, splits: _Splits) -> _Statistics:
     audio = _column("audio", settings.audio, train, datasets.Audio)
     read = partial(_read_features, count=settings.features)
     for file, split in splits.items():
-        shape = (len(split), 1, _FRAMES, settings.features)
-        array = open_memmap(file, mode="w+", dtype=np.float16, shape=shape)
-        for row, features in enumerate(_read_files(split, audio, datasets.Audio, read)):
-            array[row, 0] = features
+        shape = (len(split.rows), 1, _FRAMES, settings.features)
+        array = _create(file, np.float16, shape)
+        for i, features in enumerate(_read_files(split, audio, datasets.Audio, read)):
+            array[i, 0] = features
         array.flush()
     frames = np.load(train_file, mmap_mode="r").reshape(-1, settings.features)
     mean = frames.mean(axis=0, dtype=np.float64)
@@ -306,21 +405,30 @@ def _decode_recordings(settings: AudioSettings, splits: _Splits) -> _Statistics:
     return mean, std
 
 
-def _read_features(file: Any, count: int) -> NDArray[np.float32]:
+def _read_features(file: Any, count: int) -> NDArray[np.float16]:
     """Compute the mel-frequency cepstra of a recording's first second, ``(T, F)``."""
-    sound, rate = soundfile.read(file, dtype="float32", always_2d=True)
+    with soundfile.SoundFile(file) as recording:
+        rate = recording.samplerate
+        if rate > _MOST_RATE:
+            raise ValueError(f"{rate} samples a second")
+        # Resampling looks ahead of the second, by less than another one.
+        sound = recording.read(2 * rate, dtype="float32", always_2d=True)
     sound = sound.mean(axis=1)  # of the channels
     sound = librosa.resample(sound, orig_sr=rate, target_sr=_SAMPLE_RATE)
-    cepstra: NDArray[np.float32] = librosa.feature.mfcc(
-        y=librosa.util.fix_length(sound, size=_SAMPLE_RATE),
-        sr=_SAMPLE_RATE,
-        n_mfcc=count,
-        n_mels=MEL_BANDS,
-        n_fft=_WINDOW,
-        hop_length=_HOP,
-        center=False,
-    )
-    return cepstra.T
+    with np.errstate(over="ignore", invalid="ignore"):  # as is checked below
+        cepstra = librosa.feature.mfcc(
+            y=librosa.util.fix_length(sound, size=_SAMPLE_RATE),
+            sr=_SAMPLE_RATE,
+            n_mfcc=count,
+            n_mels=MEL_BANDS,
+            n_fft=_WINDOW,
+            hop_length=_HOP,
+            center=False,
+        )
+        features: NDArray[np.float16] = cepstra.T.astype(np.float16)
+    if not np.isfinite(features).all():
+        raise ValueError("not a finite sound")
+    return features
 
 
 # -------------------------------------------------------------------------------- text

@@ -63,6 +63,61 @@ class TaskData:
         return self.train_inputs.shape[1:]
 
 
+def check(data: TaskData) -> None:
+    """Refuse arrays that are not what :class:`TaskData` says: a damaged cache's.
+
+    Parameters
+    ----------
+    data : TaskData
+        The dataset. Its targets and tokens are read once, its images and features are
+        not.
+
+    Raises
+    ------
+    ValueError
+        A wrong type or shape, or a target that is no class.
+    """
+    text = data.metric == "perplexity"
+    train, test, one = data.train_inputs, data.test_inputs, data.input_shape
+    counted = [data.train_targets, data.test_targets, *([train, test] if text else [])]
+    kinds = (np.int32,) if text else (np.uint8, np.float16)
+    if not (
+        train.dtype in kinds
+        and len(one) == (1 if text else 3)
+        and (test.dtype, test.shape[1:]) == (train.dtype, one)
+        and isinstance(data.num_classes, int)
+        and all(0 <= x.min() and x.max() < data.num_classes for x in counted)
+        and _are(data.train_targets, np.int64, train.shape if text else train.shape[:1])
+        and _are(data.test_targets, np.int64, test.shape if text else test.shape[:1])
+        and _are(data.strata, np.int64, train.shape[:1])
+        and (
+            data.natural_ids is None
+            or _are(data.natural_ids, np.int64, train.shape[:1])
+        )
+        and _are_statistics(data, None if text else train.dtype)
+    ):
+        raise ValueError("no decoded dataset")
+
+
+def _are(values: NDArray[Any], kind: type, shape: tuple[int, ...]) -> bool:
+    return values.dtype == kind and values.shape == shape
+
+
+def _are_statistics(data: TaskData, kind: np.dtype[Any] | None) -> bool:
+    """Tell whether mean and std are those of such inputs, or None for tokens."""
+    if kind is None or data.mean is None or data.std is None:
+        return kind is None and data.mean is None and data.std is None
+    channels, _, features = data.input_shape
+    shape = (channels, 1, 1) if kind == np.uint8 else (1, 1, features)
+    numbers = np.isfinite(data.mean).all() and np.isfinite(data.std).all()
+    return bool(
+        _are(data.mean, np.float32, shape)
+        and _are(data.std, np.float32, shape)
+        and numbers
+        and (data.std > 0).all()
+    )
+
+
 def prepare(
     inputs: torch.Tensor,
     data: TaskData,
