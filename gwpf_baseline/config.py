@@ -1,7 +1,9 @@
 """The configuration: found, composed, checked, and explained in one line when wrong."""
 
 import functools
+import glob
 import json
+import math
 import os
 import re
 import threading
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -28,10 +30,12 @@ from gwpf_baseline.learning.training import TrainingConfig
 from gwpf_baseline.methods import Method, load_method
 from gwpf_baseline.model import initial_model
 from gwpf_baseline.records.target import check_target
-from gwpf_baseline.utils import ConfigError, is_number
+from gwpf_baseline.utils import ConfigError, is_name, is_number, is_whole
 
 WEIGHTINGS = ("uniform", "examples")
 BACKENDS = ("ray", "local")
+# Not the CPUs of this machine: results depend on it, and have to be repeated on others.
+_MOST_THREADS = 256
 _BUILDING = threading.Lock()
 # What may change when a run is resumed: nothing that its history depends on.
 RESUMABLE = {
@@ -85,7 +89,8 @@ def compose_config(overrides: Sequence[str] = ()) -> DictConfig:
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             return compose("config", overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    # Whatever Hydra stumbles over: it raises more than it says.
+    except Exception as error:
         raise as_config_error(error, overrides) from error
 
 
@@ -119,7 +124,7 @@ def as_config_error(error: Exception, overrides: Sequence[str] = ()) -> ConfigEr
     Parameters
     ----------
     error : Exception
-        What Hydra or OmegaConf raised.
+        What Hydra or OmegaConf raised; of an OSError, when it made the run's folder.
     overrides : sequence of str, default none
         The overrides that were given, to find the value that belongs to a key.
 
@@ -131,15 +136,29 @@ def as_config_error(error: Exception, overrides: Sequence[str] = ()) -> ConfigEr
     if isinstance(error, MissingConfigException) and error.options:
         group, _, value = str(error.missing_cfg_file).rpartition("/")
         return ConfigError(group, value, f"one of {', '.join(sorted(error.options))}")
+    if isinstance(error, OSError):
+        allowed = f"one to write to ({error.strerror}), by hydra.run.dir=..."
+        return ConfigError("output folder", error.filename, allowed)
+    given = dict(text.lstrip("+~").partition("=")[::2] for text in overrides)
     unknown = re.match("Could not override '(.+)'", str(error))
     if unknown:
         key = unknown[1]
-        given = dict(text.lstrip("+~").partition("=")[::2] for text in overrides)
         allowed = "one of the keys that --cfg job shows"
         return ConfigError(key, given.get(key, ""), allowed)
+    if str(error).startswith("Config group override must be"):
+        for group, value in given.items():
+            if _choices(group) and value not in _choices(group):
+                allowed = f"one of {', '.join(_choices(group))}"
+                return ConfigError(group, value, allowed)
     text = " ".join(str(error.__cause__ or error).split())
     # OmegaConf adds where in its own tree the value stands, which says nothing new.
     return ConfigError("overrides", text.partition(" full_key:")[0], "key=value")
+
+
+def _choices(group: str) -> list[str]:
+    return sorted(
+        file.stem for file in config_dir().glob(f"{glob.escape(group)}/*.yaml")
+    )
 
 
 def checked(cfg: DictConfig) -> DictConfig:
@@ -161,10 +180,12 @@ def checked(cfg: DictConfig) -> DictConfig:
         The first value that cannot be used.
     """
     cfg = OmegaConf.create(_resolved(cfg))
+    _check_keys(OmegaConf.to_container(cfg))
+    _check_size("", OmegaConf.to_container(cfg))
     for key in ("dataset.path", "dataset.cache_dir", "resume"):
         value = OmegaConf.select(cfg, key)
         if value is not None:
-            OmegaConf.update(cfg, key, str(Path(str(value)).expanduser().absolute()))
+            OmegaConf.update(cfg, key, _absolute(key, value))
     for key, least, whole in (
         ("num_clients", 1, True),
         ("num_rounds", 1, True),
@@ -179,31 +200,123 @@ def checked(cfg: DictConfig) -> DictConfig:
     ):
         value = OmegaConf.select(cfg, key)
         wanted = int if whole else int | float
-        if not isinstance(value, wanted) or isinstance(value, bool) or value < least:
+        if (
+            not isinstance(value, wanted)
+            or isinstance(value, bool)
+            or not value >= least
+        ):
             kind = "a whole number" if whole else "a number"
             raise ConfigError(key, value, f"{kind} >= {least}")
     if not is_number(cfg.fraction_fit) or not 0 < cfg.fraction_fit <= 1:
         raise ConfigError("fraction_fit", cfg.fraction_fit, "in (0, 1]")
     if cfg.round_timeout is not None and (
-        not is_number(cfg.round_timeout) or cfg.round_timeout <= 0
+        not is_number(cfg.round_timeout) or not cfg.round_timeout > 0
     ):
         raise ConfigError("round_timeout", cfg.round_timeout, "seconds > 0, or null")
+    for key, most in (
+        ("client_threads", _MOST_THREADS),
+        ("connect_timeout", threading.TIMEOUT_MAX),
+        ("round_timeout", threading.TIMEOUT_MAX),
+    ):
+        if (cfg[key] or 0) > most:
+            raise ConfigError(key, cfg[key], f"at most {most:.0f}")
     if cfg.weighting not in WEIGHTINGS:
         raise ConfigError("weighting", cfg.weighting, f"one of {', '.join(WEIGHTINGS)}")
     check_multiple(cfg.norm_bound)
     if cfg.backend not in BACKENDS:
         raise ConfigError("backend", cfg.backend, f"one of {', '.join(BACKENDS)}")
-    if not isinstance(cfg.verbose, bool):
-        raise ConfigError("verbose", cfg.verbose, "true or false")
-    if cfg.stop_at is not None and cfg.dataset.source in SOURCES:
-        check_target("stop_at", cfg.stop_at, SOURCES[cfg.dataset.source].metric)
+    source = cfg.dataset.get("source")
+    if cfg.stop_at is not None and source in SOURCES:
+        check_target("stop_at", cfg.stop_at, SOURCES[source].metric)
     _check_resources(cfg)
     network_config(cfg)
     quantization_config(cfg)
     server_optimizer_config(cfg)
     training_config(cfg)
-    load_method(_plain_dict(cfg.method))
+    _, method_config = load_method(_plain_dict(cfg.method))
+    for field in fields(method_config):
+        if field.name not in cfg.method:
+            raise ConfigError(f"method.{field.name}", "nothing", "given")
     return cfg
+
+
+def _check_keys(given: Any) -> None:
+    """Check that each key is one of those in the files, and none of these is lacking.
+
+    The keys of ``dataset`` and of ``method`` are those of other kinds of files, whose
+    own checks know them.
+    """
+    defaults, known = _keys_of("config")
+    groups = [name for entry in defaults for name in entry if name != "experiment"]
+    # A group that is not given is told what it can be, below.
+    _compare("", {**given, **dict.fromkeys(groups)}, {**known, **dict.fromkeys(groups)})
+    for group in groups:
+        options = given.get(group)
+        if not isinstance(options, dict):
+            allowed = f"one of {', '.join(_choices(group))}"
+            raise ConfigError(group, options, allowed)
+        name = options.get("name")
+        if not is_name(name):
+            raise ConfigError(f"{group}.name", name, "a word")
+        if group in ("dataset", "method"):
+            continue
+        if name not in _choices(group):
+            raise ConfigError(group, name, f"one of {', '.join(_choices(group))}")
+        _compare(group, options, _keys_of(f"{group}/{name}")[1])
+
+
+@functools.cache
+def _keys_of(file: str) -> tuple[list, dict]:
+    """Return a configuration file's list of groups, if it has one, and its own keys."""
+    loaded: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / f"{file}.yaml"))
+    groups = [entry for entry in loaded.pop("defaults", []) if entry != "_self_"]
+    loaded.pop("hydra", None)
+    return groups, loaded
+
+
+def _compare(key: str, given: Any, known: Any) -> None:
+    """Check that a value is of the kind that a configuration file has there."""
+    if isinstance(known, dict):
+        if not isinstance(given, dict):
+            raise ConfigError(key, given, f"given by {', '.join(known)}")
+        for name in [*given, *known]:
+            inner = f"{key}.{name}".removeprefix(".")
+            if name not in given:
+                raise ConfigError(inner, "nothing", "given")
+            if name not in known:
+                allowed = f"one of {', '.join(known)}"
+                if "name" in known:
+                    allowed = f"left out for {known['name']}"
+                raise ConfigError(inner, given[name], allowed)
+            _compare(inner, given[name], known[name])
+    elif isinstance(known, list) and not isinstance(given, list):
+        raise ConfigError(key, given, "a list, as in [20,30]")
+    elif isinstance(known, bool) and not isinstance(given, bool):
+        raise ConfigError(key, given, "true or false")
+    elif is_number(known) and isinstance(given, bool):
+        raise ConfigError(key, given, "a number")
+
+
+def _check_size(key: str, value: Any) -> None:
+    """Check that numbers fit where libraries put them; Python's have no end."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_size(f"{key}.{name}".removeprefix("."), inner)
+    elif is_number(value) and 2**63 <= abs(value) < math.inf:
+        raise ConfigError(key, value, "a number below 2**63")
+
+
+def _absolute(key: str, folder: Any) -> str:
+    if not (isinstance(folder, str) and folder) and not is_whole(folder):
+        raise ConfigError(key, folder, "a folder, or null")
+    # A worker process may stand in another folder. Nobody's home stays as it is.
+    absolute = Path(os.path.expanduser(str(folder))).absolute()
+    try:
+        absolute.is_dir()
+    except OSError as error:
+        allowed = f"a folder, or null ({error.strerror})"
+        raise ConfigError(key, folder, allowed) from error
+    return str(absolute)
 
 
 def _resolved(cfg: DictConfig) -> Any:
@@ -227,6 +340,13 @@ def _check_resources(cfg: DictConfig) -> None:
             cfg.client_resources.num_gpus,
             "0, as PyTorch sees no GPU on this machine",
         )
+    gpus = cfg.client_resources.num_gpus
+    if gpus > torch.cuda.device_count() or (gpus > 1 and gpus != int(gpus)):
+        raise ConfigError(
+            "client_resources.num_gpus",
+            gpus,
+            f"a share of one GPU, or whole ones of {torch.cuda.device_count()}",
+        )
 
 
 def resumed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -248,13 +368,13 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     Raises
     ------
     ConfigError
-        Not a run's folder, or an override that would change the run's history.
+        Not a run's folder, an override that would change the run's history, or a saved
+        value that cannot be used.
     """
     file = Path(cfg.resume) / "config.yaml"
     if not file.is_file():
         raise ConfigError("resume", cfg.resume, "the folder of a run")
-    saved = OmegaConf.load(file)
-    assert isinstance(saved, DictConfig)
+    saved = _load_saved(file)
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
         value = OmegaConf.select(cfg, key)
@@ -263,6 +383,19 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             OmegaConf.update(saved, key, value)
         elif value != before:
             raise ConfigError(key, value, f"{before}, as in the run to resume")
+    return checked(saved)
+
+
+def _load_saved(file: Path) -> DictConfig:
+    try:
+        saved = OmegaConf.load(file)
+    # PyYAML, too, raises more than it says.
+    except Exception as error:
+        allowed = f"a run's folder, whose config.yaml can be read ({error})"
+        raise ConfigError("resume", file.parent, allowed) from error
+    if not isinstance(saved, DictConfig):
+        allowed = "a run's folder, whose config.yaml has keys"
+        raise ConfigError("resume", file.parent, allowed)
     return saved
 
 
@@ -274,33 +407,20 @@ def training_config(cfg: DictConfig) -> TrainingConfig:
 
 def quantization_config(cfg: DictConfig) -> Quantization:
     """Return how values travel."""
-    return Quantization(**_group(cfg, "quantization", Quantization))
+    return Quantization(**_plain_dict(cfg.quantization))
 
 
 def server_optimizer_config(cfg: DictConfig) -> ServerOptimizerConfig:
     """Return how the mean update moves the model."""
-    options = _group(cfg, "server_optimizer", ServerOptimizerConfig)
-    return ServerOptimizerConfig(**options)
-
-
-def _group(cfg: DictConfig, group: str, kind: type) -> dict[str, Any]:
-    """Return a group's keys, each of which is a field of a dataclass."""
-    names = [field.name for field in fields(kind)]
-    if not isinstance(cfg[group], DictConfig):
-        raise ConfigError(group, cfg[group], f"given by {', '.join(names)}")
-    options = _plain_dict(cfg[group])
-    for key, value in options.items():
-        if key not in names:
-            raise ConfigError(f"{group}.{key}", value, f"one of {', '.join(names)}")
-    return options
+    return ServerOptimizerConfig(**_plain_dict(cfg.server_optimizer))
 
 
 def network_config(cfg: DictConfig) -> Network | None:
     """Return the network to model, None if no bandwidth is set."""
-    network = _group(cfg, "network", Network)
-    if network["uplink_mbps"] is None and network["downlink_mbps"] is None:
+    if cfg.network.uplink_mbps is None and cfg.network.downlink_mbps is None:
+        Network(1, 1, cfg.network.server_gbps)  # which is checked all the same
         return None
-    return Network(**network)
+    return Network(**_plain_dict(cfg.network))
 
 
 def _plain_dict(cfg: DictConfig) -> dict[str, Any]:

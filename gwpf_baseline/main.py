@@ -12,9 +12,7 @@ from flwr.server.superlink.fleet.vce.backend.raybackend import RayBackend
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -119,7 +117,6 @@ def _set_up_logging(console: Console, verbose: bool) -> None:
     flower.setLevel(logging.INFO if verbose else logging.CRITICAL)
 
 
-@hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
 def _job(cfg: DictConfig) -> None:
     console = Console()
     try:
@@ -138,9 +135,20 @@ def main() -> None:
     """Run the command line; what the user got wrong ends in one line and code 2."""
     # Hydra would print its own many lines and exit with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    begun = False
+
+    @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
+    def job(cfg: DictConfig) -> None:
+        nonlocal begun
+        begun = True
+        _job(cfg)
+
     try:
-        _job()  # pylint: disable=no-value-for-parameter
-    except (HydraException, OmegaConfBaseException) as error:
+        job()  # pylint: disable=no-value-for-parameter
+    # Whatever Hydra stumbles over in a command line; what ends a run is none of it.
+    except Exception as error:  # pylint: disable=broad-exception-caught
+        if begun:
+            raise
         _exit(as_config_error(error, sys.argv[1:]))
 
 

@@ -26,34 +26,8 @@ class ConfigError(ValueError):
     """
 
     def __init__(self, key: str, value: object, allowed: str) -> None:
-        super().__init__(f"{key}={value}: must be {allowed}")
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on, through no fault of its configuration."""
-
-
-def one_line(text: object, most: int = 500) -> str:
-    """Return somebody else's words as they can be shown: one line, nothing unprintable.
-
-    Parameters
-    ----------
-    text : object
-        The words, or an error that holds them.
-    most : int, default 500
-        How many characters to keep.
-
-    Returns
-    -------
-    str
-        Line ends and control characters, which could forge lines of a log or steer a
-        terminal, as escape sequences that only name them.
-    """
-    shown = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode()
-        for c in str(text)[:most]
-    )
-    return shown if len(str(text)) <= most else f"{shown}..."
+        given = f"{one_line(key)}={one_line(value)}"
+        super().__init__(f"{given}: must be {one_line(allowed, 1000)}")
 
 
 class RunError(RuntimeError):
@@ -138,7 +112,7 @@ def pick_device(num_gpus: float) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
-def run_folder(run_id: int) -> Path:
+def run_folder(run_id: int | str) -> Path:
     """Return the folder of a run that Flower started.
 
     Server and simulated clients derive the same one. Flower runs apps in a working
@@ -147,7 +121,7 @@ def run_folder(run_id: int) -> Path:
 
     Parameters
     ----------
-    run_id : int
+    run_id : int or str
         Flower's id of the run.
 
     Returns

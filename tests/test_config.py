@@ -1,12 +1,16 @@
 """The configuration: what composes, and what is refused in one line."""
 
+import copy
+import math
 import os
 import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -22,6 +26,7 @@ from gwpf_baseline.config import (
     training_config,
     workbench,
 )
+from gwpf_baseline.data.settings import read_settings
 from gwpf_baseline.exchange.network import Network
 from gwpf_baseline.methods import load_method
 from gwpf_baseline.utils import ConfigError
@@ -52,7 +57,7 @@ def test_every_choice_of_every_group_composes() -> None:
         ("lr=abc", "lr=abc: must be a number > 0"),
         ("lr=.nan", "lr=.nan: must be a number > 0"),
         ("lr=inf", "lr=inf: must be a number > 0"),
-        ("lr_milestones=20", "lr_milestones=20: must be a list of rounds"),
+        ("lr_milestones=20", "lr_milestones=20: must be a list, as in"),
         ("lr_milestones=[0]", "lr_milestones=[0]: must be a list of rounds"),
         ("lr_milestones=[1.5]", "lr_milestones=[1.5]: must be a list of rounds"),
         ("lr_decay=0", "lr_decay=0: must be in (0, 1]"),
@@ -143,6 +148,56 @@ def test_every_choice_of_every_group_composes() -> None:
             "model.width=1.5: must be a whole number >= 1",
         ),
         ("resume=/no/where", "resume=/no/where: must be the folder of a run"),
+        ("resume=[]", "resume=[]: must be a folder, or null"),
+        ("method=null", "method=null: must be one of apf, apf_aggressive, cmfl, "),
+        ("method=[gwpf,apf]", "method.freeze_rule=always: must be one of control"),
+        ("method=[]", "method=None: must be one of apf, apf_aggressive, cmfl, "),
+        ("experiment=5", "experiment=5: must be one of apf_control, "),
+        ("dataset=true", "dataset=true: must be one of "),
+        ("~method", "method=None: must be one of apf, "),
+        ("~seed", "seed=nothing: must be given"),
+        ("~method.ema", "method.ema=nothing: must be given"),
+        ("~partition.alpha", "partition.alpha=nothing: must be given"),
+        ("+nokey=1", "nokey=1: must be one of num_clients, fraction_fit, "),
+        ("+method@nokey=gwpf", "nokey={'name': 'gwpf', "),
+        ("+partition.nokey=1", "partition.nokey=1: must be left out for dirichlet"),
+        (
+            "partition=iid partition.name=dirichlet",
+            "partition.alpha=nothing: must be given",
+        ),
+        ("partition.name=nope", "partition=nope: must be one of dirichlet, iid"),
+        ("partition.alpha=true", "partition.alpha=True: must be a number"),
+        ("method.name='two words'", "overrides="),
+        ("method.name=[]", "method.name=[]: must be a word"),
+        ("connect_timeout=nan", "connect_timeout=nan: must be a number >= 0"),
+        ("connect_timeout=inf", "connect_timeout=inf: must be at most 9223372036"),
+        ("connect_timeout=1e12", "connect_timeout=1000000000000.0: must be at most"),
+        ("round_timeout=nan", "round_timeout=nan: must be seconds > 0, or null"),
+        ("round_timeout=inf", "round_timeout=inf: must be at most 9223372036"),
+        ("client_resources.num_gpus=nan", "client_resources.num_gpus=nan: must be a n"),
+        ("client_resources.num_gpus=inf", "client_resources.num_gpus=inf: must be "),
+        ("client_resources=null", "client_resources=None: must be given by num_cpus"),
+        ("client_threads=100000000000", "client_threads=100000000000: must be at most"),
+        ("network.server_gbps=x", "network.server_gbps=x: must be a number > 0"),
+        ("persist_optimizer=maybe", "persist_optimizer=maybe: must be true or false"),
+        (
+            "server_optimizer=fedadam server_optimizer.tau=1e300",
+            "server_optimizer.tau=1e+300: must be a number below 2**63",
+        ),
+        ("stop_at=1" + "0" * 400, "stop_at=1000000000"),
+        ("lr=" + "[" * 2000, "overrides="),
+        ("dataset.augment=maybe", "dataset.augment=maybe: must be true or false"),
+        ("dataset.label=true", "dataset.label=True: must be a name, or null"),
+        ("dataset.cache_dir=[]", "dataset.cache_dir=[]: must be a folder, or null"),
+        ("dataset.cache_dir=" + "x" * 300, "dataset.cache_dir=xxx"),
+        (
+            "dataset.test_fraction=0.99999",
+            "dataset.test_fraction=0.99999: must be ",
+        ),
+        (
+            "dataset.image_size=1000000",
+            "dataset.image_size=1000000: must be a whole number from 1 to 1024, or nu",
+        ),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(
@@ -155,7 +210,74 @@ def test_a_wrong_value_is_named_with_what_is_allowed(
             resumed(cfg, override.split())
         workbench(cfg)
     assert str(caught.value).startswith(message)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 2000
+
+
+def _dotted(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the keys of a configuration, those of groups before what is in them."""
+    for key, value in config.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+
+
+_FOLDERS = {"dataset.path", "dataset.cache_dir", "resume"}
+_TEXTS = {f"dataset.{key}" for key in ("hub", "image", "label", "natural_id")}
+# What may stand where, of what otherwise stands nowhere.
+_ALLOWED: dict[str, tuple[Any, set[str]]] = {
+    "null": (
+        None,
+        {"stop_at", "norm_bound", "local_epochs", "grad_clip", "round_timeout"}
+        | {"network.uplink_mbps", "network.downlink_mbps", "dataset.image_size"}
+        | _FOLDERS
+        | _TEXTS,
+    ),
+    "true": (
+        True,
+        {"persist_optimizer", "quantization.fp16", "verbose", "dataset.augment"}
+        | {"method.tighten", "method.aggressive"},
+    ),
+    "empty list": ([], {"lr_milestones"}),
+    "empty group": ({}, set()),
+    "nan": (math.nan, set()),
+    "inf": (math.inf, set()),
+    "minus one": (-1, _FOLDERS),
+    "no end": (10**400, set()),
+    "word": ("x", {"method.name", "dataset.name"} | _TEXTS | _FOLDERS),
+    "empty word": ("", set()),
+}
+_OTHERS = ["method=apf", "partition=pathological", "server_optimizer=fedadam"]
+
+
+@pytest.mark.parametrize("choices", [[], _OTHERS])
+def test_no_value_is_taken_that_cannot_be_meant(choices: list[str]) -> None:
+    """Nor is any key deleted or made up, and nothing ends but in a line."""
+    composed: Any = OmegaConf.to_container(compose_config(choices))
+    keys = list(_dotted(composed))
+    assert {"method", "method.name", "client_resources.num_gpus"} <= set(keys)
+    for key in keys:
+        group, _, leaf = key.rpartition(".")
+        for what in (*_ALLOWED, "deleted", "made up"):
+            changed = copy.deepcopy(composed)
+            inner = changed
+            for name in filter(None, group.split(".")):
+                inner = inner[name]
+            if what == "deleted":
+                del inner[leaf]
+            elif what == "made up":
+                inner[f"{leaf}_x"] = 1
+            else:
+                inner[leaf] = _ALLOWED[what][0]
+            try:
+                cfg = checked(OmegaConf.create(changed))
+                read_settings(cfg.dataset)
+                if group == "partition":
+                    workbench(cfg)
+            except ConfigError as error:
+                assert str(error).isprintable(), (key, what)
+            else:
+                assert key in _ALLOWED.get(what, (None, set()))[1], (key, what)
 
 
 def test_network_is_checked_before_anything_is_built() -> None:
@@ -218,6 +340,29 @@ def test_run_config_reaches_the_same_configuration() -> None:
     assert from_run_config(run_config) == checked(compose_config(overrides))
 
 
+@pytest.mark.parametrize(
+    ("run_config", "message"),
+    [
+        ({"method": 5}, "method=5: must be one of apf, "),
+        ({"method": "null"}, "method=null: must be one of apf, "),
+        ({"seed": math.nan}, "seed=nan: must be a whole number >= 0"),
+        ({"seed": True}, "seed=True: must be a number"),
+        ({"lr": "fast and\nloose\x1b[2J"}, "overrides="),
+        ({"overrides": "~seed"}, "seed=nothing: must be given"),
+        ({"overrides": "+nokey=1"}, "nokey=1: must be one of num_clients, "),
+        ({"overrides": "round_timeout=inf"}, "round_timeout=inf: must be at most"),
+    ],
+)
+def test_run_config_is_checked_as_the_command_line_is(
+    run_config: dict[str, Any], message: str
+) -> None:
+    """One line, too."""
+    with pytest.raises(ConfigError) as caught:
+        from_run_config(run_config)
+    assert str(caught.value).startswith(message)
+    assert str(caught.value).isprintable()
+
+
 def test_flowers_run_configuration_has_the_keys_of_ours() -> None:
     """In their order and left as they are; ``overrides`` takes what it cannot hold."""
     pyproject = (config_dir().parent / "pyproject.toml").read_text(encoding="utf-8")
@@ -262,6 +407,31 @@ def test_resume_takes_the_saved_configuration(tmp_path: Path) -> None:
     overrides = [f"resume={tmp_path}", "lr=0.2"]
     with pytest.raises(ConfigError, match="lr=0.2: must be 0.1, as in the run"):
         resumed(checked(compose_config(overrides)), overrides)
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        (
+            "a: [",
+            "must be a run's folder, whose config.yaml can be read (while parsing",
+        ),
+        ("a: " + "[" * 5000, "must be a run's folder, whose config.yaml can be read"),
+        ("a: &a [*a]", "must be a run's folder, whose config.yaml can be read"),
+        ("- a", "must be a run's folder, whose config.yaml has keys"),
+        ("seed: 1", "num_clients=nothing: must be given"),
+    ],
+)
+def test_a_saved_configuration_that_cannot_be_used(
+    tmp_path: Path, saved: str, message: str
+) -> None:
+    """It is no more trusted than the command line."""
+    (tmp_path / "config.yaml").write_text(saved)
+    overrides = [f"resume={tmp_path}"]
+    with pytest.raises(ConfigError) as caught:
+        resumed(checked(compose_config(overrides)), overrides)
+    assert message in str(caught.value)
+    assert str(caught.value).isprintable()
 
 
 def test_threads_that_start_at_once_draw_the_same_initial_weights() -> None:

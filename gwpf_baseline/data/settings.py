@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from omegaconf import DictConfig
 
-from gwpf_baseline.utils import ConfigError, is_number
+from gwpf_baseline.utils import ConfigError, is_number, is_whole
 
+MOST_PIXELS = 1024  # of an image's side: all images are kept decoded
 MEL_BANDS = 40  # of which a recording's cepstral coefficients are made
 
 _PARQUET = "an existing folder with train.parquet and, if there is one, test.parquet"
@@ -73,9 +74,10 @@ class ImageSettings(TableSettings):
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        if self.image_size is not None and not _is_whole(self.image_size):
-            allowed = "a whole number > 0, or null"
-            raise ConfigError("dataset.image_size", self.image_size, allowed)
+        size = self.image_size
+        if size is not None and not (is_whole(size) and 0 < size <= MOST_PIXELS):
+            allowed = f"a whole number from 1 to {MOST_PIXELS}, or null"
+            raise ConfigError("dataset.image_size", size, allowed)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class TextSettings(Settings):
 
 
 def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return is_whole(value) and value > 0  # type: ignore[operator]
 
 
 SOURCES: dict[str, type[Settings]] = {
@@ -158,6 +160,11 @@ def read_settings(cfg: DictConfig) -> Settings:
         if key not in cfg:
             allowed = f"given for the source {source}"
             raise ConfigError(f"dataset.{key}", "nothing", allowed)
+    for key in ("hub", "image", "audio", "label", "natural_id"):
+        if cfg.get(key) is not None and not (isinstance(cfg[key], str) and cfg[key]):
+            raise ConfigError(f"dataset.{key}", cfg[key], "a name, or null")
+    if not isinstance(cfg.augment, bool):
+        raise ConfigError("dataset.augment", cfg.augment, "true or false")
     if cfg.augment and kind is not ImageSettings:
         allowed = "false, as only images are augmented"
         raise ConfigError("dataset.augment", cfg.augment, allowed)
