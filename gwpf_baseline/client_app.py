@@ -93,9 +93,6 @@ def _flat_model(
     num_gpus: float, model: torch.nn.Module
 ) -> tuple[FlatModel, torch.Tensor]:
     initial = parameters_to_vector(model)
-    # A process's first optimiser makes PyTorch import its compiler, for seconds, which
-    # the client would otherwise take for its first round's computing.
-    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     # A copy: the model is the process's only record of the initial weights.
     return FlatModel(copy.deepcopy(model), pick_device(num_gpus)), initial
 

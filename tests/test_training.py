@@ -1,6 +1,8 @@
 """Tests of the local loop: where it begins, goes on and ends."""
 
 import math
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 from federation import digits, small, small_net
 from numpy.testing import assert_array_equal
+from torch.nn import functional
 
 from gwpf_baseline.data.task import TaskData
 from gwpf_baseline.learning import training
@@ -319,3 +322,54 @@ def test_the_ends_of_the_ranges_can_be_used() -> None:
         grad_clip=1e-12,
     )
     assert config.steps(1) == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lr": 0.1},
+        {"lr": 0.1, "weight_decay": 0.01},
+        {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
+        {"optimizer": "adam", "lr": 0.01},
+        {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.01},
+    ],
+)
+def test_steps_are_those_of_pytorchs_optimisers(settings: dict[str, Any]) -> None:
+    """To the bit, also with the moments of the round before."""
+    config = TrainingConfig(
+        local_steps=4, batch_size=8, persist_optimizer=True, **settings
+    )
+    model, twin = FlatModel(small_net()), FlatModel(small_net())
+    moments: dict[str, np.ndarray] = {}
+    cursor = 0
+    weight_decay, lr = config.weight_decay, config.lr
+    reference: torch.optim.Optimizer
+    if config.optimizer == "adam":
+        reference = torch.optim.Adam([twin.vector], lr, weight_decay=weight_decay)
+    else:
+        momentum = config.momentum
+        reference = torch.optim.SGD(
+            [twin.vector], lr, momentum, weight_decay=weight_decay
+        )
+    twin.module.train()
+    stream = batches()
+    for _ in range(3):
+        _, end, moments = train(model, batches(), config, cursor, moments)
+        while cursor < end:
+            x, y = stream.batch(cursor, 8, torch.device("cpu"), torch.Generator())
+            twin.zero_grad()
+            functional.cross_entropy(twin.module(x), y).backward()
+            reference.step()
+            cursor += 8
+        assert torch.equal(model.vector, twin.vector)
+
+
+def test_training_imports_no_compiler() -> None:
+    """It would take every process that trains some seconds."""
+    code = (
+        "import sys; from gwpf_baseline.config import checked, compose_config; "
+        "from gwpf_baseline.local import federation; "
+        "federation(checked(compose_config(['num_clients=2']))).play(); "
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch.nn import functional
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
 
 from gwpf_baseline.data.task import TaskData, prepare
 from gwpf_baseline.learning.flat_model import FlatModel
@@ -245,11 +247,8 @@ def train(
     generator = torch.Generator()
     generator.manual_seed(derive_seed(batches.seed, "augment", batches.client, cursor))
     _set_precision(config.precision)
-    optimizer = _optimizer(model, config, config.lr_in(server_round))
-    if config.persist_optimizer and moments:
-        # Copies: the optimiser works in place, and the round may come to nothing.
-        state = {name: torch.tensor(value) for name, value in moments.items()}
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: state}})
+    kept = moments if config.persist_optimizer else None
+    optimizer = _Optimizer(model.vector, config, config.lr_in(server_round), kept)
     total = torch.zeros((), device=model.device)
     steps = config.steps(len(batches))
     model.module.train()
@@ -266,11 +265,7 @@ def train(
         total += loss.detach()
         if on_step is not None:
             on_step(model.vector.detach())
-    saved: dict[str, np.ndarray] = {}
-    if config.persist_optimizer:
-        for name, value in optimizer.state_dict()["state"].get(0, {}).items():
-            if value is not None:
-                saved[name] = value.cpu().numpy()
+    saved = optimizer.moments() if config.persist_optimizer else {}
     return float(total) / steps, cursor, saved
 
 
@@ -320,17 +315,75 @@ def _flat(
     return logits.flatten(0, -2), targets.flatten()
 
 
-def _optimizer(
-    model: FlatModel, config: TrainingConfig, lr: float
-) -> torch.optim.Optimizer:
-    if config.optimizer == "adam":
-        return torch.optim.Adam([model.vector], lr=lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(
-        [model.vector],
-        lr=lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-    )
+class _Optimizer:
+    """SGD or Adam on the flat vector, by PyTorch's functional forms.
+
+    To the bit what its classes do; these import its compiler, for seconds in every
+    process that trains.
+    """
+
+    def __init__(
+        self,
+        vector: torch.nn.Parameter,
+        config: TrainingConfig,
+        lr: float,
+        moments: dict[str, np.ndarray] | None,
+    ) -> None:
+        self.vector = vector
+        self.config = config
+        self.lr = lr
+        # Copies: steps are taken in place, and the round may come to nothing.
+        self._state: dict[str, torch.Tensor] = {
+            name: torch.tensor(value, device="cpu" if name == "step" else vector.device)
+            for name, value in (moments or {}).items()
+        }
+        if config.optimizer == "adam" and not self._state:
+            self._state = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(vector),
+                "exp_avg_sq": torch.zeros_like(vector),
+            }
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take a step along the vector's gradient."""
+        assert self.vector.grad is not None
+        values, gradients = [self.vector], [self.vector.grad]
+        if self.config.optimizer == "adam":
+            adam(
+                values,
+                gradients,
+                [self._state["exp_avg"]],
+                [self._state["exp_avg_sq"]],
+                [],
+                [self._state["step"]],
+                amsgrad=False,
+                beta1=0.9,
+                beta2=0.999,
+                lr=self.lr,
+                weight_decay=self.config.weight_decay,
+                eps=1e-8,
+                maximize=False,
+            )
+            return
+        buffers = [self._state.get("momentum_buffer")]
+        sgd(
+            values,
+            gradients,
+            buffers,
+            weight_decay=self.config.weight_decay,
+            momentum=self.config.momentum,
+            lr=self.lr,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
+        if buffers[0] is not None:
+            self._state["momentum_buffer"] = buffers[0]
+
+    def moments(self) -> dict[str, np.ndarray]:
+        """Return what the next round's optimiser goes on from."""
+        return {name: value.cpu().numpy() for name, value in self._state.items()}
 
 
 def _autocast(precision: str, device: torch.device) -> AbstractContextManager:

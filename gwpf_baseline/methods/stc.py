@@ -175,8 +175,8 @@ class STCStrategy(SyncStrategy[Ternary]):
         upload = read_ternary(reader, self.dimension)
         if not upload.signs.size:
             return upload
-        values = self.bounded(upload.values())
-        return upload._replace(magnitude=np.abs(values[0]))
+        magnitude = np.abs(self.bounded(upload.values())[0])
+        return Ternary(upload.positions, upload.signs, magnitude)
 
     def add_upload(self, upload: Ternary, weight: float) -> None:
         """Add one client's update."""
