@@ -47,6 +47,7 @@ RESUMABLE = {
     "client_resources.num_cpus",
     "client_resources.num_gpus",
     "connect_timeout",
+    "round_timeout",
     "max_empty_rounds",
     "backend",
     "verbose",
@@ -110,11 +111,15 @@ def from_run_config(run_config: Mapping[str, Any]) -> DictConfig:
     """
     values = {key: value for key, value in run_config.items() if value != ""}
     more = str(values.pop("overrides", "")).split()
-    overrides = [f"{key}={_plain(value)}" for key, value in values.items()]
+    overrides = [f"{key}={_plain(key, value)}" for key, value in values.items()]
     return checked(compose_config([*overrides, *more]))
 
 
-def _plain(value: Any) -> str:
+def _plain(key: str, value: Any) -> str:
+    if key == "resume":
+        # A path is a text for Hydra, whatever it begins with.
+        quoted = str(value).replace("'", r"\'")
+        return f"'{quoted}'"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -386,6 +391,41 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     return checked(saved)
 
 
+def check_same_run(cfg: DictConfig) -> None:
+    """Check that a run which goes on is configured as it was.
+
+    For ``flwr run``, whose clients know the run configuration but not the saved one.
+
+    Parameters
+    ----------
+    cfg : DictConfig
+        A checked configuration; its ``resume`` is the run's folder.
+
+    Raises
+    ------
+    ConfigError
+        Not a run's folder, or a value that would change the run's history.
+    """
+    file = Path(cfg.resume) / "config.yaml"
+    if not file.is_file():
+        raise ConfigError("resume", cfg.resume, "the folder of a run")
+    before, now = (_leaves(each) for each in (_load_saved(file), cfg))
+    for key in sorted(before.keys() | now.keys()):
+        if key not in RESUMABLE and before.get(key) != now.get(key):
+            allowed = f"{before.get(key)}, as in the run to resume"
+            raise ConfigError(key, now.get(key), allowed)
+
+
+def _leaves(cfg: DictConfig) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in cfg.items_ex(resolve=False):
+        if isinstance(value, DictConfig):
+            found |= {f"{key}.{name}": leaf for name, leaf in _leaves(value).items()}
+        else:
+            found[str(key)] = value
+    return found
+
+
 def _load_saved(file: Path) -> DictConfig:
     try:
         saved = OmegaConf.load(file)
@@ -417,10 +457,16 @@ def server_optimizer_config(cfg: DictConfig) -> ServerOptimizerConfig:
 
 def network_config(cfg: DictConfig) -> Network | None:
     """Return the network to model, None if no bandwidth is set."""
-    if cfg.network.uplink_mbps is None and cfg.network.downlink_mbps is None:
-        Network(1, 1, cfg.network.server_gbps)  # which is checked all the same
-        return None
-    return Network(**_plain_dict(cfg.network))
+    options: Any = OmegaConf.to_container(cfg.network)
+    unset = options["uplink_mbps"] is None and options["downlink_mbps"] is None
+    if unset:  # the rest is checked all the same
+        options |= {"uplink_mbps": 1, "downlink_mbps": 1}
+    network = Network(**options, seed=cfg.seed)
+    for key, value in options.items():
+        if isinstance(value, list) and len(value) != cfg.num_clients:
+            allowed = f"a number, or a list of {cfg.num_clients}, one for each client"
+            raise ConfigError(f"network.{key}", value, allowed)
+    return None if unset else network
 
 
 def _plain_dict(cfg: DictConfig) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from gwpf_baseline.callbacks import (
 )
 from gwpf_baseline.config import (
     Workbench,
+    check_same_run,
     from_run_config,
     network_config,
     quantization_config,
@@ -230,6 +231,7 @@ def check_resume(cfg: DictConfig) -> None:
         No checkpoint, or all rounds are done.
     """
     if cfg.resume:
+        check_same_run(cfg)
         done = CheckpointFolder(cfg.resume).latest()
         if done >= cfg.num_rounds:
             raise ConfigError(

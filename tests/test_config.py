@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.common.config import flatten_dict
 from omegaconf import OmegaConf
 from poetry.core.masonry import api as poetry
 
 from gwpf_baseline.config import (
+    check_same_run,
     checked,
     compose_config,
     config_dir,
@@ -367,14 +369,44 @@ def test_flowers_run_configuration_has_the_keys_of_ours() -> None:
     """In their order and left as they are; ``overrides`` takes what it cannot hold."""
     pyproject = (config_dir().parent / "pyproject.toml").read_text(encoding="utf-8")
     keys = tomllib.loads(pyproject)["tool"]["flwr"]["app"]["config"]
-    assert set(keys.values()) == {""} and keys.pop("overrides") == ""
+    assert keys.pop("overrides") == ""
+    # Flower's own form of what it hands on, with points between a group and its keys.
+    flat = flatten_dict(keys)
+    # Real nodes may not answer.
+    assert flat.pop("round_timeout") == 600 and set(flat.values()) == {""}
     ours = OmegaConf.load(config_dir() / "config.yaml")
     groups = [key for entry in ours.defaults if entry != "_self_" for key in entry]
-    # Groups of keys without files, and what a machine sets rather than a run.
-    others = ["quantization", "network", "client_resources", "hydra", "defaults"]
-    others += ["backend", "client_threads", "connect_timeout", "round_timeout"]
+    # What a simulation alone has use for.
+    others = ["client_resources", "hydra", "defaults", "backend"]
     assert [*groups, *(key for key in ours if key not in others)] == list(keys)
     assert set(others) < set(ours)
+    for group in ("quantization", "network"):
+        assert list(ours[group]) == list(keys[group])
+    network = {"network.uplink_mbps": 3, "network.downlink_mbps": 9}
+    cfg = from_run_config({**flat, **network, "quantization.bits": 8})
+    assert (cfg.network.uplink_mbps, cfg.quantization.bits) == (3, 8)
+
+
+def test_a_run_that_goes_on_by_run_config_is_configured_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its clients know nothing else; a path may begin at the user's home."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "it's a \\ run"
+    folder.mkdir()
+    first = from_run_config({"method": "apf", "num_rounds": 5, "lr": 0.1})
+    OmegaConf.save(first, folder / "config.yaml")
+    again = {"method": "apf", "num_rounds": 9, "lr": 0.1, "stop_at": 0.9}
+    resume = {"resume": "~/it's a \\ run"}
+    cfg = from_run_config({**again, **resume})
+    assert cfg.resume == str(folder)
+    check_same_run(cfg)
+    with pytest.raises(ConfigError, match="^lr=0.05: must be 0.1, as in the run to"):
+        check_same_run(from_run_config({"method": "apf", **resume}))
+    with pytest.raises(ConfigError, match="^method.aggressive=None: must be False"):
+        check_same_run(from_run_config({"lr": 0.1, **resume}))
+    with pytest.raises(ConfigError, match="must be the folder of a run"):
+        check_same_run(from_run_config({"resume": "~"}))
 
 
 @pytest.mark.parametrize(

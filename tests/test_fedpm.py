@@ -305,7 +305,11 @@ def test_what_would_not_be_used_is_refused(
     """Rather than left unsaid."""
     model = masked(nn.Linear(12, 1), 128, 8, 0)
     with pytest.raises(ConfigError) as caught:
-        FedPMStrategy(model, config=FedPMConfig(), **{"num_clients": 2, "num_examples": [1, 1], **arguments})
+        FedPMStrategy(
+            model,
+            config=FedPMConfig(),
+            **{"num_clients": 2, "num_examples": [1, 1], **arguments},
+        )
     assert str(caught.value).startswith(message)
 
 
