@@ -1,0 +1,261 @@
+"""A whole Flower federation on this machine: authority, keys, SuperLink, SuperNodes.
+
+Every command that it runs stands in docs/deployment.md. It runs until it is stopped
+(Ctrl-C), and says by which `flwr run` an experiment is started on it. Nothing of it
+lies outside of its folder.
+
+python dev/deployment.py /tmp/federation --supernodes 3
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# Seconds for a process to start: imports are slow where nothing is cached.
+_PATIENCE = 120
+
+
+class Deployment:
+    """A SuperLink, and SuperNodes with a key and a disk of their own.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Where keys, logs, the SuperLink's database and all results go.
+    port : int, default 9180
+        The SuperLink's; SuperNodes have those after it.
+    secure : bool, default True
+        Whether to encrypt (TLS) and to admit only SuperNodes whose keys are known.
+    database : bool, default False
+        Whether the SuperLink keeps its state on disk, so that it can be restarted.
+    python : pathlib.Path, optional
+        The environment's interpreter; default: this one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        port: int = 9180,
+        secure: bool = True,
+        database: bool = False,
+        python: Path = Path(sys.executable),
+    ) -> None:
+        self.folder = folder.absolute()
+        self.port = port
+        self.secure = secure
+        self.database = database
+        self.scripts = python.parent
+        self.processes: dict[str, subprocess.Popen] = {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        home = self.folder / "flwr"
+        home.mkdir(exist_ok=True)
+        certificates = f'root-certificates = "{self.folder / "ca.crt"}"'
+        (home / "config.toml").write_text(
+            '[superlink]\ndefault = "federation"\n\n[superlink.federation]\n'
+            f'address = "127.0.0.1:{port}"\n'
+            f"{certificates if secure else 'insecure = true'}\n"
+        )
+        if secure and not (self.folder / "server.crt").exists():
+            self._certify()
+
+    # ---- keys ---------------------------------------------------------------------
+
+    def _certify(self) -> None:
+        """Make an authority, and a certificate of the SuperLink that it has signed."""
+        names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
+        self.call(
+            "openssl req -x509 -newkey rsa:3072 -nodes -days 365 -subj /CN=authority "
+            "-keyout ca.key -out ca.crt"
+        )
+        self.call(
+            "openssl req -newkey rsa:3072 -nodes -subj /CN=superlink "
+            "-keyout server.key -out server.csr"
+        )
+        (self.folder / "names").write_text(names)
+        self.call(
+            "openssl x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial "
+            "-days 365 -extfile names -out server.crt"
+        )
+
+    def _key(self, name: str) -> Path:
+        """Return a SuperNode's private key, made and registered when first used."""
+        key = self.folder / f"{name}.key"
+        if not key.exists():
+            self.call(f"ssh-keygen -q -t ecdsa -b 384 -N '' -C {name} -f {key}")
+            self.call(f"flwr supernode register {key}.pub federation")
+        return key
+
+    # ---- processes ----------------------------------------------------------------
+
+    def start_superlink(self) -> None:
+        """Start the SuperLink, and wait until it answers."""
+        options = f"--port {self.port} --disable-runtime-dependency-installation"
+        if self.secure:
+            options += (
+                " --ssl-ca-certfile ca.crt --ssl-certfile server.crt"
+                " --ssl-keyfile server.key --enable-supernode-auth"
+            )
+        else:
+            options += " --insecure"
+        if self.database:
+            options += " --database superlink.db"
+        self._start("superlink", f"flower-superlink {options}", self.folder)
+        deadline = time.monotonic() + _PATIENCE
+        while self.flwr("supernode", "list", "federation").returncode:
+            if time.monotonic() > deadline or self.ended("superlink"):
+                raise RuntimeError(f"see {self.folder / 'superlink.log'}")
+            time.sleep(0.5)
+
+    def start_supernode(self, number: int, partition: object, name: str = "") -> str:
+        """Start a SuperNode.
+
+        Parameters
+        ----------
+        number : int
+            Which one it is: its port, and unless named its key and disk.
+        partition : object
+            The partition of the data that it says it serves.
+        name : str, optional
+            Another name.
+
+        Returns
+        -------
+        str
+            The name: of its log, its disk and its key.
+        """
+        name = name or f"supernode-{number}"
+        disk = self.folder / name
+        disk.mkdir(exist_ok=True)
+        options = (
+            f"--superlink 127.0.0.1:{self.port} --port {self.port + 1 + number} "
+            f"--node-config 'partition-id={partition}' "
+        )
+        if self.secure:
+            options += f"--root-certificates {self.folder / 'ca.crt'} "
+            options += f"--auth-supernode-private-key {self._key(name)}"
+        else:
+            options += "--insecure"
+        self._start(name, f"flower-supernode {options}", disk)
+        return name
+
+    def _start(self, name: str, command: str, disk: Path) -> None:
+        log = (self.folder / f"{name}.log").open("a")
+        self.processes[name] = subprocess.Popen(
+            self._split(command),
+            env=self.environment(disk),
+            cwd=self.folder,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            # With all that it starts, it can be killed as a group.
+            start_new_session=True,
+        )
+
+    def ended(self, name: str) -> bool:
+        """Tell whether a process has ended."""
+        return self.processes[name].poll() is not None
+
+    def kill(self, name: str) -> None:
+        """End a process and all that it has started, as a failing machine does."""
+        process = self.processes.pop(name)
+        try:
+            os.killpg(process.pid, 9)
+        except ProcessLookupError:
+            pass
+        process.wait()
+
+    def stop(self) -> None:
+        """End everything."""
+        for name in list(self.processes):
+            self.kill(name)
+
+    def __enter__(self) -> "Deployment":
+        """Return the federation, which is stopped at the end."""
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        """Stop the federation."""
+        self.stop()
+
+    # ---- commands -----------------------------------------------------------------
+
+    def environment(self, disk: Path) -> dict[str, str]:
+        """Return a process's environment variables."""
+        return {
+            **os.environ,
+            "PATH": f"{self.scripts}{os.pathsep}{os.environ['PATH']}",
+            "FLWR_HOME": str(disk / "flwr"),
+            "GWPF_OUTPUTS": str(disk / "outputs"),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+        }
+
+    def flwr(self, *arguments: str) -> subprocess.CompletedProcess:
+        """Run Flower's command line and return what it printed."""
+        return subprocess.run(
+            self._split(shlex.join(["flwr", *arguments])),
+            env=self.environment(self.folder),
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def call(self, command: str) -> None:
+        """Run a command in the federation's folder."""
+        subprocess.run(
+            self._split(command),
+            env=self.environment(self.folder),
+            cwd=self.folder,
+            check=True,
+            capture_output=True,
+        )
+
+    def _split(self, command: str) -> list[str]:
+        program, *arguments = shlex.split(command)
+        found = self.scripts / program
+        return [str(found) if found.exists() else program, *arguments]
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Start a federation and keep it running."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="where all of it goes")
+    parser.add_argument("--supernodes", type=int, default=3, help="how many (3)")
+    parser.add_argument("--port", type=int, default=9180, help="the first (9180)")
+    parser.add_argument("--insecure", action="store_true", help="no TLS and no keys")
+    parser.add_argument("--database", action="store_true", help="a state on disk")
+    options = parser.parse_args(arguments)
+    with Deployment(
+        options.folder, options.port, not options.insecure, options.database
+    ) as deployment:
+        deployment.start_superlink()
+        for number in range(options.supernodes):
+            deployment.start_supernode(number, number)
+        home = shlex.quote(str(deployment.folder / "flwr"))
+        print(
+            f"{options.supernodes} SuperNodes; logs and results are in "
+            f"{deployment.folder}. To run an experiment:\n\n"
+            f"FLWR_HOME={home} flwr run {shlex.quote(str(REPOSITORY))} federation "
+            f'--stream --run-config "num_clients={options.supernodes}"\n',
+            flush=True,
+        )
+        try:
+            while not any(map(deployment.ended, deployment.processes)):
+                time.sleep(1)
+        except KeyboardInterrupt:
+            sys.exit(0)
+        ended = [name for name in deployment.processes if deployment.ended(name)]
+        sys.exit(f"error: {ended[0]} has ended; its log says why")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Real SuperLink and SuperNode processes, with TLS and keys: what happens to a run."""
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY / "dev"))
+# pylint: disable-next=wrong-import-position,import-error
+from deployment import Deployment  # noqa: E402
+
+OVERRIDES = [
+    "num_clients=3",
+    "num_rounds=4",
+    "local_steps=2",
+    "batch_size=20",
+    "checkpoint_every=1",
+    "seed=5",
+]
+# Seconds: a message to a node starts a process that imports PyTorch.
+_PATIENCE = 240
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """Return a history but for the times in it."""
+    with open(folder / "history.csv", newline="", encoding="utf-8") as file:
+        found = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in found]
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    """Wait for something to become true."""
+    deadline = time.monotonic() + _PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} took too long"
+        time.sleep(0.3)
+
+
+class Run:
+    """A run that was submitted to real nodes."""
+
+    def __init__(self, nodes: Deployment, *overrides: str) -> None:
+        self.nodes = nodes
+        config = " ".join(
+            f'{key}="{value}"' if value[0] in "/~" else f"{key}={value}"
+            for key, value in (text.split("=", 1) for text in overrides)
+        )
+        submitted = nodes.flwr(
+            "run",
+            str(REPOSITORY),
+            "federation",
+            "--run-config",
+            config,
+            "--format=json",
+        )
+        self.number = json.loads(submitted.stdout)["run-id"]
+        self.folder = nodes.folder / "outputs" / str(self.number)
+
+    def rounds(self) -> int:
+        """Return how many rounds have ended."""
+        history = self.folder / "history.csv"
+        return len(rows(self.folder)) if history.exists() else 0
+
+    def play_until(self, rounds: int) -> None:
+        """Wait until so many rounds have ended."""
+        until(lambda: self.rounds() >= rounds, f"round {rounds}")
+
+    def wait(self) -> str:
+        """Wait for the end and return the status."""
+        status = ""
+
+        def ended() -> bool:
+            nonlocal status
+            listed = self.nodes.flwr("ls", f"--run-id={self.number}", "--format=json")
+            status = json.loads(listed.stdout)["runs"][0]["status"]
+            return status.startswith("finished")
+
+        until(ended, "the run's end")
+        return status
+
+
+@pytest.fixture(name="nodes", scope="module")
+def _nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """Start three SuperNodes with disks of their own, and stop all at the end."""
+    with Deployment(tmp_path_factory.mktemp("nodes"), 39310, database=True) as nodes:
+        nodes.start_superlink()
+        for number in range(3):
+            nodes.start_supernode(number, number)
+        yield nodes
+
+
+def test_a_run_that_lost_its_server_goes_on_to_the_same_history(
+    nodes: Deployment, tmp_path: Path
+) -> None:
+    """The SuperLink is killed, and comes back; the run's ending is the simulation's.
+
+    Each node has its part of the checkpoint on its own disk.
+    """
+    reference = tmp_path / "reference"
+    command = [sys.executable, "-m", "gwpf_baseline.main", "backend=local"]
+    command += [*OVERRIDES, f"hydra.run.dir={reference}"]
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+
+    first = Run(nodes, *OVERRIDES)
+    first.play_until(2)
+    nodes.kill("superlink")
+    nodes.start_superlink()
+    resumed = Run(nodes, *OVERRIDES, f"resume={first.folder}")
+    assert resumed.wait() == "finished:completed"
+    assert rows(resumed.folder) == rows(reference)
+    model = (resumed.folder / "model.safetensors").read_bytes()
+    assert model == (reference / "model.safetensors").read_bytes()
+    for number in range(3):
+        checkpoints = nodes.folder / f"supernode-{number}" / "outputs"
+        kept = sorted(checkpoints.glob("*/checkpoints/*/*"))
+        assert {file.name for file in kept} == {f"client-{number}.safetensors"}
+        # The last of the first run, and at most two of the second.
+        assert len(kept) <= 4
+
+
+def test_a_run_outlives_its_nodes_and_strangers(nodes: Deployment) -> None:
+    """One is killed in mid-run and another takes over; one has no partition at all."""
+    nodes.start_supernode(3, 1, "rival")
+    nodes.start_supernode(4, 7, "stranger")
+    run = Run(nodes, *OVERRIDES, "num_rounds=6", "round_timeout=60")
+    run.play_until(1)
+    nodes.kill("supernode-1")
+    assert run.wait() == "finished:completed"
+    clients = [int(row["clients"]) for row in rows(run.folder)]
+    assert clients[0] == clients[-1] == 3 and min(clients) >= 2
+    nodes.start_supernode(1, 1)
+
+
+def test_a_run_without_clients_fails(nodes: Deployment) -> None:
+    """Nodes are there, but none has a partition of this run."""
+    for number in range(3):
+        nodes.kill(f"supernode-{number}")
+    run = Run(nodes, *OVERRIDES, "num_clients=1", "connect_timeout=40")
+    assert run.wait() == "finished:failed"
+    assert run.rounds() == 0
