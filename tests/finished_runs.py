@@ -40,6 +40,8 @@ def make_record(number: int, **changes: Any) -> RoundRecord:
         uplink_overhead_bytes=100,
         downlink_value_bytes=1500,
         downlink_buffer_bytes=500,
+        slowest_client_seconds=1.5 * number,
+        median_client_seconds=1.25,
     )
     return replace(record, **changes)
 

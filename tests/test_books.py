@@ -317,6 +317,7 @@ def test_a_round_is_the_sum_of_its_messages() -> None:
     assert first.downlink_bits_per_parameter == 8 * 210 / 20
     assert (first.dense_bytes, first.clients, first.test_loss) == (160, 1, 0.5)
     assert first.modelled_seconds is None and first.train_loss is None
+    assert first.slowest_client_seconds is first.median_client_seconds is None
     books.open_round(asked=1)
     books.sent(0, 7, Counter())
     second = books.close_round(2, {})
@@ -347,6 +348,56 @@ def test_a_resumed_run_goes_on_with_its_sums() -> None:
     assert record.cumulative_downlink_bytes == 111
     assert record.modelled_seconds == 1.5
     assert record.seconds >= first.seconds
+
+
+def test_a_round_has_a_slowest_and_a_median_client() -> None:
+    """Of those that answered, over all exchanges of the round; waits are not theirs."""
+    network = Network(8, 8, latency_ms=250, overhead_bytes=10**6, slowness=[1, 1, 3, 1])
+    books = Books(40, 10, network)
+    books.open_round(4)
+    for client in range(4):
+        books.sent(client, 10**6, Counter())
+    books.all_sent(seconds=100.0)
+    for client, compute in ((0, 1.0), (1, 4.0), (2, 2.0)):
+        books.received(3 * 10**6, Counter())
+        books.worked(client, 3 * 10**6, compute, waited=10.0)
+    books.close_exchange(0.0)
+    books.sent(0, 0, Counter())
+    books.all_sent(0.0)
+    books.worked(0, 0, 0.0, waited=10.0)
+    books.close_exchange(0.0)
+    record = books.close_round(1, {})
+    # Two seconds down, four up, twice a quarter; then one down, one up and as much.
+    assert record.slowest_client_seconds == pytest.approx(6.5 + 6)
+    assert record.median_client_seconds == pytest.approx(6.5 + 4)
+    assert record.modelled_seconds == pytest.approx(100 + 12.5 + 2.5)
+    # Neither the transport's bytes nor a modelled slowness are in what was measured.
+    assert (record.uplink_bytes, record.downlink_bytes) == (9 * 10**6, 4 * 10**6)
+    assert record.compute_seconds == pytest.approx(7 / 3)
+    books.open_round(1)
+    books.sent(0, 0, Counter())
+    books.all_sent(0.0)
+    books.close_exchange(0.0)
+    silent = books.close_round(2, {})
+    assert silent.slowest_client_seconds is silent.median_client_seconds is None
+    assert silent.modelled_seconds == record.modelled_seconds
+
+
+def test_a_client_that_is_asked_twice_takes_both_times() -> None:
+    """As the slowest in neither exchange it may be the slowest of the round."""
+    books = Books(40, 10, Network(8, 8))
+    books.open_round(3)
+    for sizes in ((10, 8, 0), (0, 8, 10)):
+        for client, size_of_it in enumerate(sizes):
+            books.sent(client, size_of_it * 10**6, Counter())
+        books.all_sent(0.0)
+        for client in range(3):
+            books.worked(client, 0, 0.0, waited=0.0)
+        books.close_exchange(0.0)
+    record = books.close_round(1, {})
+    assert record.slowest_client_seconds == pytest.approx(16)
+    assert record.median_client_seconds == pytest.approx(10)
+    assert record.modelled_seconds == pytest.approx(20)
 
 
 def test_a_round_that_nobody_takes_part_in_costs_nothing() -> None:

@@ -46,7 +46,10 @@ SMALL = [
 ]
 # Every method as it can be chosen, and so every one that is still to come.
 VARIANTS = sorted(file.stem for file in config_dir().glob("method/*.yaml"))
-TIMES = ("seconds", "compute_seconds", "modelled_seconds")
+TIMES = (
+    *("seconds", "compute_seconds", "modelled_seconds"),
+    *("slowest_client_seconds", "median_client_seconds"),
+)
 
 
 def start(*overrides: str) -> "subprocess.Popen[str]":
@@ -262,6 +265,9 @@ def test_apf_freezes_and_is_reported_beside_gwpf(
     for past, now, record in zip([0.0, *modelled], modelled, records, strict=False):
         sent = record.downlink_bytes / 9e6 + record.uplink_bytes / 3e6
         assert now - past > 8 * sent / 5
+        slowest, median = record.slowest_client_seconds, record.median_client_seconds
+        assert slowest is not None and median is not None
+        assert median <= slowest < now - past
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["method"] == "apf"
     assert summary["modelled_seconds"] == modelled[-1]
@@ -480,5 +486,6 @@ def test_records_are_the_designs_columns() -> None:
         "modelled_seconds,uplink_bits_per_parameter,downlink_bits_per_parameter,"
         "csr_bytes,mean_accuracy,uplink_value_bytes,uplink_position_bytes,"
         "uplink_buffer_bytes,uplink_overhead_bytes,downlink_value_bytes,"
-        "downlink_position_bytes,downlink_buffer_bytes,downlink_overhead_bytes"
+        "downlink_position_bytes,downlink_buffer_bytes,downlink_overhead_bytes,"
+        "slowest_client_seconds,median_client_seconds"
     )

@@ -34,7 +34,8 @@ HEADER = (
     "uplink_bits_per_parameter,downlink_bits_per_parameter,csr_bytes,mean_accuracy,"
     "uplink_value_bytes,uplink_position_bytes,uplink_buffer_bytes,"
     "uplink_overhead_bytes,downlink_value_bytes,downlink_position_bytes,"
-    "downlink_buffer_bytes,downlink_overhead_bytes"
+    "downlink_buffer_bytes,downlink_overhead_bytes,slowest_client_seconds,"
+    "median_client_seconds"
 )
 RUN: dict[str, Any] = {"method": "gwpf", "dataset": "digits", "model": "mlp", "seed": 3}
 
@@ -107,14 +108,17 @@ def test_history_csv_to_the_letter(tmp_path: Path) -> None:
             uplink_overhead_bytes=10,
             downlink_position_bytes=60,
             downlink_buffer_bytes=1940,
+            slowest_client_seconds=0.4,
+            median_client_seconds=0.25,
         )
     )
     assert (tmp_path / "history.csv").read_bytes().decode() == (
         f"{HEADER}\n"
         "1,1.5,,,0.3333333333333333,1000,2000,1000,2000,12000,0.0,,10,0,0.03,,"
-        "1.5,3.0,,,0,0,0,0,0,0,0,0\n"
+        "1.5,3.0,,,0,0,0,0,0,0,0,0,,\n"
         "2,2.5,0.6666666666666667,0.3333333333333333,0.25,1000,2000,2000,4000,24000,"
-        "0.9,0.1,10,0,0.03,0.5,1.5,3.0,700,0.25,990,0,0,10,0,60,1940,0\n"
+        "0.9,0.1,10,0,0.03,0.5,1.5,3.0,700,0.25,990,0,0,10,0,60,1940,0,0.4,"
+        "0.25\n"
     )
 
 
@@ -191,14 +195,14 @@ def test_round_trips_are_exact(
 def test_rows_of_another_length_are_refused() -> None:
     """As those of another version's checkpoint would be."""
     for length in (14, 15, 17):
-        with pytest.raises(ValueError, match=f"{length} values, but 28 columns"):
+        with pytest.raises(ValueError, match=f"{length} values, but 30 columns"):
             from_rows([[0] * length])
 
 
 GOOD_ROW = "1,1.5,,,0.5,1000,2000,1000,2000,12000,0.9,,10,0,0.25,7.5,1.0,4.0,,,"
-GOOD_ROW += "0,0,0,0,0,0,0,0\n"
-OLD_HEADER = HEADER.partition(",uplink_bits")[0]
-OLD_ROW = GOOD_ROW.partition(",1.0,4.0")[0] + "\n"
+GOOD_ROW += "0,0,0,0,0,0,0,0,2.5,2.0\n"
+OLD_HEADERS = [HEADER.partition(f",{name}")[0] for name in ("uplink_bits", "slowest")]
+OLD_ROWS = [GOOD_ROW.partition(cells)[0] + "\n" for cells in (",1.0,4.0", ",2.5,2.0")]
 
 
 @pytest.mark.parametrize(
@@ -210,15 +214,18 @@ OLD_ROW = GOOD_ROW.partition(",1.0,4.0")[0] + "\n"
         (f"{HEADER}\n{GOOD_ROW}2,3.1,,,0.", "line 3: the line is incomplete"),
         # All cells are there, but the last may have been cut from 12 to 1.
         (f"{HEADER}\n{GOOD_ROW[:-1]}", "line 2: the line is incomplete"),
-        (f"{HEADER}\n{GOOD_ROW}\n", "line 3: 1 values, but 28 columns"),
-        (f"{HEADER}\n{GOOD_ROW}1,2\n", "line 3: 2 values, but 28 columns"),
+        (f"{HEADER}\n{GOOD_ROW}\n", "line 3: 1 values, but 30 columns"),
+        (f"{HEADER}\n{GOOD_ROW}1,2\n", "line 3: 2 values, but 30 columns"),
         (f"{HEADER}\nx{GOOD_ROW}", "line 2: round: 'x1' is no number"),
         (f"{HEADER}\n{GOOD_ROW.replace('1.5', '')}", "line 2: seconds: None"),
         (f"{HEADER}\n{GOOD_ROW.replace('0.9', chr(0))}", "line 2: frozen_fraction"),
         (f"{HEADER}\n{GOOD_ROW.replace('0.25', '-')}", "line 2: compute_seconds: '-'"),
         (f"{HEADER}\n{GOOD_ROW.replace('7.5', '7;5')}", "line 2: modelled_seconds"),
-        # As a release before these columns wrote it.
-        (f"{OLD_HEADER}\n{OLD_ROW}", "line 1: the columns are not those of"),
+        # As releases before these columns wrote it.
+        *(
+            (f"{header}\n{row}", "line 1: the columns are not those of")
+            for header, row in zip(OLD_HEADERS, OLD_ROWS, strict=True)
+        ),
     ],
 )
 def test_damage_is_named(tmp_path: Path, text: str, message: str) -> None:

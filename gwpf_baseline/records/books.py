@@ -1,5 +1,6 @@
 """The books: what each round cost, from its messages to its record."""
 
+import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -63,6 +64,8 @@ class Tally:
         What each client computed for.
     modelled_seconds : float
         How long the round would have taken over the configured network.
+    client_seconds : dict of int to float
+        How long each client that answered would have taken over it.
     """
 
     asked: int = 0
@@ -73,6 +76,7 @@ class Tally:
     losses: list[float] = field(default_factory=list)
     compute_seconds: dict[int, float] = field(default_factory=dict)
     modelled_seconds: float = 0.0
+    client_seconds: dict[int, float] = field(default_factory=dict)
 
 
 class Books:
@@ -162,7 +166,7 @@ class Books:
         """
         sound = isinstance(seconds, float) and 0 <= seconds < np.inf
         compute = min(seconds, waited) if isinstance(seconds, float) and sound else 0.0
-        self._legs.append(Leg(self._message_bytes[client], compute, size))
+        self._legs.append(Leg(client, self._message_bytes[client], compute, size))
         if sound:
             total = self.tally.compute_seconds
             total[client] = total.get(client, 0.0) + compute
@@ -179,7 +183,11 @@ class Books:
     def close_exchange(self, seconds: float) -> None:
         """Add up the exchange's time; the server's own part of it took `seconds`."""
         if self.network is not None:
-            self.tally.modelled_seconds += self.network.seconds(self._legs)
+            taken = self.network.seconds(self._legs)
+            self.tally.modelled_seconds += max(taken, default=0.0)
+            total = self.tally.client_seconds
+            for leg, own in zip(self._legs, taken, strict=True):
+                total[leg.client] = total.get(leg.client, 0.0) + own
         self.tally.modelled_seconds += seconds
         self._message_bytes, self._legs = {}, []
 
@@ -203,6 +211,7 @@ class Books:
         values = this.asked * self.dimension
         dense = 2 * this.asked * self.dense_bytes
         compute = list(this.compute_seconds.values())
+        taken = list(this.client_seconds.values())
         before = (last.modelled_seconds if last else None) or 0.0
         columns: dict[str, Any] = {
             "test_accuracy": None,
@@ -230,6 +239,8 @@ class Books:
             downlink_bits_per_parameter=(
                 8 * this.down.total / values if values else None
             ),
+            slowest_client_seconds=max(taken, default=None),
+            median_client_seconds=statistics.median(taken) if taken else None,
             **columns,
         )
         self.records.append(record)

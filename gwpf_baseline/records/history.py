@@ -65,6 +65,9 @@ class RoundRecord:  # pylint: disable=too-many-instance-attributes  # a file's c
         What buffers took.
     uplink_overhead_bytes, downlink_overhead_bytes : int
         All else: headers; what was refused counts as overhead.
+    slowest_client_seconds, median_client_seconds : float or None
+        How long the slowest and the median client of the round would have taken over
+        the configured network; None if none is, or if no client answered.
 
     Raises
     ------
@@ -100,6 +103,8 @@ class RoundRecord:  # pylint: disable=too-many-instance-attributes  # a file's c
     downlink_position_bytes: int = 0
     downlink_buffer_bytes: int = 0
     downlink_overhead_bytes: int = 0
+    slowest_client_seconds: float | None = None
+    median_client_seconds: float | None = None
 
     def __post_init__(self) -> None:
         """Bring every value to its column's type."""

@@ -20,6 +20,7 @@ _WORK = (
     "client_resources.num_gpus",
 )
 BITS = ("uplink_bits_per_parameter", "downlink_bits_per_parameter")
+CLIENTS = ("slowest_client_seconds", "median_client_seconds")
 WAYS = ("uplink", "downlink")
 PARTS = ("value", "position", "buffer", "overhead")
 
@@ -104,7 +105,7 @@ def _summarise(
         "compute_seconds": _compute(group),
         "compute_overhead": _overhead(group, runs),
         "modelled_seconds": _mean(record.modelled_seconds for record in last),
-        **{key: _column_mean(group, key) for key in BITS},
+        **{key: _column_mean(group, key) for key in (*CLIENTS, *BITS)},
         "total_csr_bytes": _mean(sum(values) for values in csr if values),
         "final_mean_accuracy": _mean(values[-1] for values in means if values),
         "mask_bits_per_parameter": _mean(run.mask_bits for run in group),

@@ -21,7 +21,7 @@ _RUN_FILES = ("summary.json", "config.yaml", "history.csv")
 _MEND = "run it again or leave it out"
 # What the files of a run never come near, and what all that is made of them can bear.
 _DEEPEST = 20
-_LONGEST = 4096
+_LONGEST = 2**16
 _LARGEST = 1e100
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gwpf_baseline.report.measures import BITS, PARTS, WAYS, Row
+from gwpf_baseline.report.measures import BITS, CLIENTS, PARTS, WAYS, Row
 
 _MISSING = "–"
 _Write = Callable[[float | None], str]
@@ -81,6 +81,8 @@ _COLUMNS: dict[str, tuple[str, _Write]] = {
     "compute s": ("compute_seconds", _number),
     "against FedAvg": ("compute_overhead", lambda share: _percent(share, "+")),
     "modelled s": ("modelled_seconds", _number),
+    "slowest s": (CLIENTS[0], _number),
+    "median s": (CLIENTS[1], _number),
 }
 _SHARES: dict[str, tuple[str, _Write]] = {
     f"{way.removesuffix('link')} {part}": (f"{way}_{part}_share", _percent)
@@ -207,10 +209,12 @@ def lay_out(rows: Sequence[Row], metric: str) -> list[Section]:
             "Cost",
             "Frozen: on average, and in the last round. Compute: of a client in the "
             "median round, and how much more than FedAvg's. Modelled: how long the run "
-            "would take over the configured network.",
+            "would take over the configured network; and the slowest and the median "
+            "client of a round, on average.",
             (
                 *("mean frozen", "last frozen"),
-                *("compute s", "against FedAvg", "modelled s"),
+                *("compute s", "against FedAvg"),
+                *("modelled s", "slowest s", "median s"),
             ),
             rows,
         ),
