@@ -144,6 +144,7 @@ def gwpf_server(
         strategy.mask, strategy.thawed = mask, ~mask
         strategy.messages.follow_up = follow_up
         strategy.begin_exchange()
+        strategy.reset_sums()
         count = strategy.value_sum.numel()
         for client in cohort:
             ballot = None if follow_up else votes[client]
@@ -160,7 +161,7 @@ def fedavg_server(
     values = [delta.numpy() for delta in deltas]
 
     def step(cohort: Sequence[int]) -> None:
-        strategy.begin_exchange()
+        strategy.reset_sums()
         for client in cohort:
             strategy.add_upload(values[client], 1.0)
         strategy.finish_exchange(len(cohort))

@@ -194,7 +194,7 @@ def run_server(
         },
     )
     console.print(closing_table(summary))
-    console.print(f"Results are in {folder}", soft_wrap=True)
+    console.print(f"Results are in {folder}", soft_wrap=True, markup=False)
     return summary
 
 

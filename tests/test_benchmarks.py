@@ -10,6 +10,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 # What each script is given, and what it prints above its table.
 SIMULATED = ["--clients=2", "--steps=1", "--rounds=2", "--warm-up=1", "--repeats=1"]
 SCRIPTS = {
+    "outlier.py": (["--rounds=1", "--methods", "gwpf"], "One of ten clients attacks"),
     "payload_size.py": ([], "One upload"),
     "study.py": (["mnist", "--dry-run"], "python -m gwpf_baseline.main dataset=mnist"),
     "sync_step.py": (

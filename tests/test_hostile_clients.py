@@ -1,11 +1,12 @@
 """What clients can do to a run: nothing beyond their own failure."""
 
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -23,14 +24,10 @@ from flwr.common import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import gwpf_baseline.learning.client
-from gwpf_baseline.config import config_dir
 from gwpf_baseline.exchange.coding import MOST, WireError
 from gwpf_baseline.exchange.header import Header, Kind
 from gwpf_baseline.exchange.payload import (
-    Part,
     Reader,
-    Writer,
     from_parameters,
     to_parameters,
 )
@@ -40,7 +37,11 @@ from gwpf_baseline.learning.server_optimizer import ServerOptimizerConfig
 from gwpf_baseline.learning.training import Batches, TrainingConfig, evaluate
 from gwpf_baseline.utils import ConfigError, RunError
 
-FILES = sorted({file.stem for file in config_dir().glob("method/*.yaml")})
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+# pylint: disable-next=wrong-import-position,import-error
+import outlier  # noqa: E402
+from outlier import attacking  # noqa: E402
+
 BRIEF = TrainingConfig(local_steps=2, batch_size=10)
 THREE = [30, 40, 50]
 
@@ -295,52 +296,18 @@ def test_what_was_used_is_not_sent_again_by_who_was_lost() -> None:
 # ---- how far they can move the model ------------------------------------------------
 
 
-class Attack(Writer):
-    """A writer that puts something else in the place of an upload's values."""
-
-    factor: float | None
-    value: float
-
-    def bitmap(
-        self,
-        bits: np.ndarray,
-        expected: np.ndarray | None = None,
-        part: Part = Part.POSITIONS,
-    ) -> None:
-        """Turn the signs, where values are signs."""
-        turned = part is Part.VALUES and self.factor is not None
-        super().bitmap(~bits if turned else bits, expected, part)
-
-    def vector(self, values: np.ndarray, part: Part = Part.VALUES) -> None:
-        """Put other floats in the place of the values."""
-        if part is Part.VALUES and values.dtype == np.float32:
-            if self.factor is None:
-                values = np.full_like(values, self.value)
-            else:
-                # A single one is a magnitude, whose signs are turned already.
-                sign = -1 if values.size == 1 else 1
-                values = values * np.float32(sign * self.factor)
-        super().vector(values, part)
-
-
-ATTACKS: dict[str, dict[str, float | None]] = {
-    "1e20": {"factor": None, "value": 1e20},
-    "3.4e38": {"factor": None, "value": 3.4e38},
-    "1e10": {"factor": None, "value": 1e10},
-    "times -1000": {"factor": -1000.0},
-}
-
-
 class Attacker(Node):
     """A node whose client sends something else than it has learned."""
 
-    attack: dict[str, Any]
+    attack: dict[str, float]
 
     def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
-        """Let the client answer by another writer."""
-        writer = type("Armed", (Attack,), self.attack)
-        with patch.object(gwpf_baseline.learning.client, "Writer", writer):
+        """Let the client answer, but not what it would."""
+        with attacking(self.attack):
             return super().fit(ins, timeout, group_id)
+
+
+ATTACKS = {**outlier.ATTACKS, "1e10": {"value": 1e10}}
 
 
 def ten(method: str, attack: str | None, **options: Any) -> Federation:

@@ -24,7 +24,7 @@ OVERRIDES = [
     "seed=5",
 ]
 # Seconds: a message to a node starts a process that imports PyTorch.
-_PATIENCE = 240
+_PATIENCE = 600
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -47,9 +47,10 @@ class Run:
 
     def __init__(self, nodes: Deployment, *overrides: str) -> None:
         self.nodes = nodes
+        given = dict(text.split("=", 1) for text in overrides)
         config = " ".join(
             f'{key}="{value}"' if value[0] in "/~" else f"{key}={value}"
-            for key, value in (text.split("=", 1) for text in overrides)
+            for key, value in given.items()
         )
         submitted = nodes.flwr(
             "run",
@@ -128,7 +129,7 @@ def test_a_run_outlives_its_nodes_and_strangers(nodes: Deployment) -> None:
     """One is killed in mid-run and another takes over; one has no partition at all."""
     nodes.start_supernode(3, 1, "rival")
     nodes.start_supernode(4, 7, "stranger")
-    run = Run(nodes, *OVERRIDES, "num_rounds=6", "round_timeout=60")
+    run = Run(nodes, *OVERRIDES, "round_timeout=60")
     run.play_until(1)
     nodes.kill("supernode-1")
     assert run.wait() == "finished:completed"
@@ -141,6 +142,6 @@ def test_a_run_without_clients_fails(nodes: Deployment) -> None:
     """Nodes are there, but none has a partition of this run."""
     for number in range(3):
         nodes.kill(f"supernode-{number}")
-    run = Run(nodes, *OVERRIDES, "num_clients=1", "connect_timeout=40")
+    run = Run(nodes, *OVERRIDES, "num_clients=1", "connect_timeout=20")
     assert run.wait() == "finished:failed"
     assert run.rounds() == 0
