@@ -420,7 +420,8 @@ def _leaves(cfg: DictConfig) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in cfg.items_ex(resolve=False):
         if isinstance(value, DictConfig):
-            found |= {f"{key}.{name}": leaf for name, leaf in _leaves(value).items()}
+            below = _leaves(value).items()
+            found |= {f"{key!s}.{name}": leaf for name, leaf in below}
         else:
             found[str(key)] = value
     return found

@@ -28,7 +28,7 @@ from flwr.server.server import fit_clients
 from flwr.server.strategy import Strategy
 from torch import nn
 
-from gwpf_baseline.exchange.coding import WireError
+from gwpf_baseline.exchange.coding import MOST, WireError
 from gwpf_baseline.exchange.header import Kind
 from gwpf_baseline.exchange.messages import ClientRecord, StateLost, size_of
 from gwpf_baseline.exchange.network import Network
@@ -47,6 +47,9 @@ from gwpf_baseline.records.history import RoundRecord, from_rows
 from gwpf_baseline.utils import ConfigError, FloatVector, RunError, one_line
 
 log = logging.getLogger(__name__)
+
+# What values raise that stand where others are expected.
+_MISREAD = (KeyError, TypeError, ValueError, IndexError, AttributeError)
 
 Results = Sequence[tuple[ClientProxy, FitRes]]
 Failures = Sequence[tuple[ClientProxy, FitRes] | BaseException]
@@ -448,7 +451,7 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         try:
             self._load(state)
         # Whatever values it holds where JSON stands for something else.
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except _MISREAD as error:
             raise StateError(f"{type(error).__name__}: {error}") from error
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -461,9 +464,10 @@ class SyncStrategy(MethodServer[Upload], Strategy):
             for client, record in state["clients"].items()
         }
         for client, held in self.clients.items():
-            if not 0 <= client < self.roster.num_clients:
-                raise ValueError(f"client {client}")
+            self.roster.check(client)
             held.check(self.exchange)
+        if self.exchange >= MOST:
+            raise ValueError(f"exchange {self.exchange}")
         if self.messages.last_changed.max(initial=0) > self.exchange:
             raise ValueError("last_changed is beyond the last exchange")
         self.load_method_state(_below("method.", state))
@@ -474,7 +478,9 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         self.books.restore(records)
         self.committed = len(records)
         self.roster.load_state(state["standings"])
-        self.update_bound.recent, self.buffer_bound.recent = state["norms"]
+        bounds = (self.update_bound, self.buffer_bound)
+        for bound, norms in zip(bounds, state["norms"], strict=True):
+            bound.restore(norms)
 
 
 def _below(prefix: str, state: dict[str, Any]) -> dict[str, Any]:

@@ -220,8 +220,31 @@ class Roster:
         }
 
     def load_state(self, state: dict[str, list[int]]) -> None:
-        """Take back what :meth:`state` returned."""
-        self._standings = {int(c): Standing(*values) for c, values in state.items()}
+        """Take back what :meth:`state` returned.
+
+        Raises
+        ------
+        ValueError
+            Not two whole numbers from 0 on for clients that there are.
+        """
+        for client, values in state.items():
+            self.check(int(client))
+            strikes, rests_until = map(int, values)
+            if min(strikes, rests_until) < 0:
+                raise ValueError(f"a standing of {values}")
+            self._standings[int(client)] = Standing(strikes, rests_until)
+
+    def check(self, client: object) -> None:
+        """Check that something is the partition id of a client.
+
+        Raises
+        ------
+        ValueError
+            It is not a whole number from 0 to ``num_clients - 1``.
+        """
+        # No bool, which is an int, and no text that says a number.
+        if type(client) is not int or not 0 <= client < self.num_clients:
+            raise ValueError(f"{client!r} is no partition")
 
     def _rests_until(self, client: int) -> int:
         return self._standings.get(client, Standing()).rests_until
@@ -321,13 +344,15 @@ class Roster:
         except Exception as error:  # pylint: disable=broad-exception-caught
             log.warning("node %s gave no answer: %s", proxy.cid, one_line(error))
             return None
-        # No bool, which is an int, and no text that says a number.
-        if type(partition) is int and 0 <= partition < self.num_clients:
-            return partition
-        log.warning(
-            "node %s claims partition %s, there are 0 to %d: left out",
-            proxy.cid,
-            one_line(repr(partition)),
-            self.num_clients - 1,
-        )
-        return None
+        try:
+            self.check(partition)
+        except ValueError:
+            log.warning(
+                "node %s claims partition %s, there are 0 to %d: left out",
+                proxy.cid,
+                one_line(repr(partition)),
+                self.num_clients - 1,
+            )
+            return None
+        assert isinstance(partition, int)
+        return partition

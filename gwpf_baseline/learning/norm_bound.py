@@ -92,6 +92,18 @@ class NormBound:
         self.median, self.length = math.inf, 0.0
         self._norms = []
 
+    def restore(self, recent: list[float]) -> None:
+        """Take back the last norms, as a checkpoint has them.
+
+        Raises
+        ------
+        ValueError
+            They are no norms.
+        """
+        if not all(isinstance(each, float) and 0 < each < math.inf for each in recent):
+            raise ValueError(f"norms {recent}")
+        self.recent = recent[-_REMEMBERED:]
+
     def cut(
         self, values: FloatVector, origin: FloatVector | None = None
     ) -> FloatVector:

@@ -324,6 +324,8 @@ class APFStrategy(SyncStrategy[FloatVector]):
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`method_state` returned."""
         self.in_step = set(state.pop("in_step"))
+        for client in self.in_step:
+            self.roster.check(client)
         self.schedule.load_state(as_arrays(state))
 
 

@@ -234,6 +234,8 @@ class STCStrategy(SyncStrategy[Ternary]):
         for saved in state["step_sizes"]:
             sizes = Sizes({Part(part): size for part, size in saved.items()})
             code, codes = codes[: sizes.total()], codes[sizes.total() :]
+            if min(sizes.values(), default=0) < 0 or len(code) != sizes.total():
+                raise ValueError(f"a step of {saved} bytes")
             self.steps.append(Sections(code, sizes))
 
 

@@ -1,0 +1,189 @@
+"""A federation over a slow network, really: wall time and bytes beside their models.
+
+Three SuperNodes, each in a network namespace behind token buckets (`tc tbf`),
+and a SuperLink: real processes, real sockets. Per method and round, the wall time
+stands beside the history's `modelled_seconds`, and the bytes that passed a node's
+interface, whatever they were for, beside those that the history counts.
+
+Wants Linux and root. docs/results/network.md has what it printed.
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from _common import REPOSITORY, add_data_option, parser, show
+
+sys.path.insert(0, str(REPOSITORY / "dev"))
+# pylint: disable-next=wrong-import-position
+from deployment import Deployment  # noqa: E402
+
+METHODS = ("fedavg", "apf", "gwpf")
+NODES = 3
+_BRIDGE = "gwpf-slow"
+_SERVER = "10.123.0.1"
+
+
+def ip(command: str) -> None:
+    """Run a command of iproute2."""
+    subprocess.run(command.split(), check=True, capture_output=True)
+
+
+@contextmanager
+def namespaces(up: float, down: float) -> Iterator[None]:
+    """Give each node a namespace, behind links of so many megabits a second."""
+    remove()
+    ip(f"ip link add {_BRIDGE} type bridge")
+    ip(f"ip addr add {_SERVER}/24 dev {_BRIDGE}")
+    ip(f"ip link set {_BRIDGE} up")
+    for node in range(NODES):
+        space, outside = f"{_BRIDGE}-{node}", f"gwpf-out{node}"
+        ip(f"ip netns add {space}")
+        ip(f"ip link add {outside} type veth peer name eth0 netns {space}")
+        ip(f"ip link set {outside} master {_BRIDGE} up")
+        inside = f"ip netns exec {space}"
+        ip(f"{inside} ip addr add 10.123.0.{10 + node}/24 dev eth0")
+        ip(f"{inside} ip link set eth0 up")
+        ip(f"{inside} ip link set lo up")
+        # A bucket shapes what leaves an interface: up inside, down outside.
+        for place, rate in (
+            (f"{inside} tc qdisc add dev eth0", up),
+            (f"tc qdisc add dev {outside}", down),
+        ):
+            ip(f"{place} root tbf rate {rate}mbit burst 32kbit latency 400ms")
+    try:
+        yield
+    finally:
+        remove()
+
+
+def remove() -> None:
+    """Remove what :func:`namespaces` has made."""
+    for node in range(NODES):
+        command = ["ip", "netns", "del", f"{_BRIDGE}-{node}"]
+        subprocess.run(command, check=False, capture_output=True)
+    command = ["ip", "link", "del", _BRIDGE]
+    subprocess.run(command, check=False, capture_output=True)
+
+
+class Wire(NamedTuple):
+    """Bytes that have passed the nodes' interfaces."""
+
+    up: int
+    down: int
+
+
+def passed() -> Wire:
+    """Read the counters of all nodes' interfaces, from outside."""
+    up = down = 0
+    for node in range(NODES):
+        counters = Path(f"/sys/class/net/gwpf-out{node}/statistics")
+        up += int((counters / "rx_bytes").read_text())
+        down += int((counters / "tx_bytes").read_text())
+    return Wire(up, down)
+
+
+def play(nodes: Deployment, overrides: list[str], rounds: int) -> list[tuple]:
+    """Run an experiment; return its history's rows and the counters at their ends."""
+    run = nodes.flwr(
+        *("run", str(REPOSITORY), "federation", "--format=json", "--run-config"),
+        " ".join([*overrides, f"num_rounds={rounds}", f"num_clients={NODES}"]),
+    )
+    answer = json.loads(run.stdout)
+    if not answer["success"]:
+        sys.exit(f"error: {run.stdout}")
+    number = answer["run-id"]
+    history = nodes.folder / "outputs" / str(number) / "history.csv"
+    found: list[tuple] = []
+    while len(found) < rounds:
+        time.sleep(0.2)
+        if nodes.ended("superlink"):
+            sys.exit(f"the SuperLink has ended, see {nodes.folder}")
+        if history.exists():
+            with open(history, newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+            found += [(row, passed()) for row in rows[len(found) :]]
+    return found
+
+
+def summary(found: list[tuple]) -> list[float]:
+    """Return means over the rounds after the first, as the table has them."""
+    (first, before), (last, after) = found[0], found[-1]
+    rounds = len(found) - 1
+    messages = rounds * NODES
+
+    def mean(column: str) -> float:
+        return (float(last[column]) - float(first[column])) / rounds
+
+    columns = ("cumulative_uplink_bytes", "cumulative_downlink_bytes")
+    up, down = (mean(column) / NODES for column in columns)
+    wire_up = (after.up - before.up) / messages
+    wire_down = (after.down - before.down) / messages
+    return [
+        mean("seconds"),
+        mean("modelled_seconds"),
+        up / 1e3,
+        wire_up / 1e3,
+        down / 1e3,
+        wire_down / 1e3,
+    ]
+
+
+def main() -> None:
+    """Run every method over the slow network and print the table."""
+    options = parser(__doc__, rounds=5, seed=0, local_steps=5)
+    options.add_argument("--up", type=float, default=3.0, help="Mbps (3)")
+    options.add_argument("--down", type=float, default=9.0, help="Mbps (9)")
+    options.add_argument("--model", default="mnist_cnn", help="(mnist_cnn)")
+    options.add_argument("--overhead", type=int, default=0, help="bytes a message (0)")
+    add_data_option(options)
+    chosen: argparse.Namespace = options.parse_args()
+    if os.name != "posix" or os.geteuid():
+        sys.exit("error: network namespaces want Linux and root")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, namespaces(chosen.up, chosen.down):
+        nodes = Deployment(Path(folder), 39500, secure=False, host=_SERVER)
+        with nodes:
+            nodes.start_superlink()
+            for node in range(NODES):
+                space = f"ip netns exec {_BRIDGE}-{node}"
+                nodes.start_supernode(node, node, prefix=space)
+            for method in METHODS:
+                overrides = [
+                    f'method="{method}"',
+                    f'model="{chosen.model}"',
+                    'dataset="mnist"',
+                    f'overrides="dataset.path={chosen.data / "mnist"}"',
+                    f"local_steps={chosen.local_steps}",
+                    f"seed={chosen.seed}",
+                    f"network.uplink_mbps={chosen.up}",
+                    f"network.downlink_mbps={chosen.down}",
+                    f"network.overhead_bytes={chosen.overhead}",
+                ]
+                rows.append((method, *summary(play(nodes, overrides, chosen.rounds))))
+    columns = (
+        "method",
+        "seconds a round",
+        "modelled",
+        "kB up, history",
+        "on the wire",
+        "kB down, history",
+        "on the wire",
+    )
+    title = (
+        f"{chosen.model} over {chosen.up} and {chosen.down} Mbps, a client and round"
+    )
+    show(title, columns, rows, chosen)
+
+
+if __name__ == "__main__":
+    main()
