@@ -143,6 +143,7 @@ def main() -> None:
     options = parser(__doc__, rounds=5, seed=0, local_steps=5)
     options.add_argument("--up", type=float, default=3.0, help="Mbps (3)")
     options.add_argument("--down", type=float, default=9.0, help="Mbps (9)")
+    options.add_argument("--methods", nargs="*", default=METHODS, help="(all three)")
     options.add_argument("--model", default="mnist_cnn", help="(mnist_cnn)")
     options.add_argument("--overhead", type=int, default=0, help="bytes a message (0)")
     add_data_option(options)
@@ -157,7 +158,7 @@ def main() -> None:
             for node in range(NODES):
                 space = f"ip netns exec {_BRIDGE}-{node}"
                 nodes.start_supernode(node, node, prefix=space)
-            for method in METHODS:
+            for method in chosen.methods:
                 overrides = [
                     f'method="{method}"',
                     f'model="{chosen.model}"',
