@@ -35,6 +35,8 @@ class Deployment:
         Whether to encrypt (TLS) and to admit only SuperNodes whose keys are known.
     database : bool, default False
         Whether the SuperLink keeps its state on disk, so that it can be restarted.
+    host : str, default "127.0.0.1"
+        The address by which SuperNodes reach the SuperLink, and that it listens on.
     python : pathlib.Path, optional
         The environment's interpreter; default: this one.
     """
@@ -45,12 +47,14 @@ class Deployment:
         port: int = 9180,
         secure: bool = True,
         database: bool = False,
+        host: str = "127.0.0.1",
         python: Path = Path(sys.executable),
     ) -> None:
         self.folder = folder.absolute()
         self.port = port
         self.secure = secure
         self.database = database
+        self.host = host
         self.scripts = python.parent
         self.processes: dict[str, subprocess.Popen] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +63,7 @@ class Deployment:
         certificates = f'root-certificates = "{self.folder / "ca.crt"}"'
         (home / "config.toml").write_text(
             '[superlink]\ndefault = "federation"\n\n[superlink.federation]\n'
-            f'address = "127.0.0.1:{port}"\n'
+            f'address = "{host}:{port}"\n'
             f"{certificates if secure else 'insecure = true'}\n"
         )
         if secure and not (self.folder / "server.crt").exists():
@@ -96,7 +100,8 @@ class Deployment:
 
     def start_superlink(self) -> None:
         """Start the SuperLink, and wait until it answers."""
-        options = f"--port {self.port} --disable-runtime-dependency-installation"
+        options = f"--host {self.host} --port {self.port} "
+        options += "--disable-runtime-dependency-installation"
         if self.secure:
             options += (
                 " --ssl-ca-certfile ca.crt --ssl-certfile server.crt"
@@ -113,7 +118,9 @@ class Deployment:
                 raise RuntimeError(f"see {self.folder / 'superlink.log'}")
             time.sleep(0.5)
 
-    def start_supernode(self, number: int, partition: object, name: str = "") -> str:
+    def start_supernode(
+        self, number: int, partition: object, name: str = "", prefix: str = ""
+    ) -> str:
         """Start a SuperNode.
 
         Parameters
@@ -124,6 +131,8 @@ class Deployment:
             The partition of the data that it says it serves.
         name : str, optional
             Another name.
+        prefix : str, optional
+            What to start it by, for example ``ip netns exec``.
 
         Returns
         -------
@@ -134,7 +143,7 @@ class Deployment:
         disk = self.folder / name
         disk.mkdir(exist_ok=True)
         options = (
-            f"--superlink 127.0.0.1:{self.port} --port {self.port + 1 + number} "
+            f"--superlink {self.host}:{self.port} --port {self.port + 1 + number} "
             f"--node-config 'partition-id={partition}' "
         )
         if self.secure:
@@ -142,13 +151,13 @@ class Deployment:
             options += f"--auth-supernode-private-key {self._key(name)}"
         else:
             options += "--insecure"
-        self._start(name, f"flower-supernode {options}", disk)
+        self._start(name, f"flower-supernode {options}", disk, prefix)
         return name
 
-    def _start(self, name: str, command: str, disk: Path) -> None:
+    def _start(self, name: str, command: str, disk: Path, prefix: str = "") -> None:
         log = (self.folder / f"{name}.log").open("a")
         self.processes[name] = subprocess.Popen(
-            self._split(command),
+            [*prefix.split(), *self._split(command)],
             env=self.environment(disk),
             cwd=self.folder,
             stdout=log,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, astuple
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.common import (
     EvaluateIns,
@@ -44,7 +45,13 @@ from gwpf_baseline.records.checkpoint import (
     check_like,
 )
 from gwpf_baseline.records.history import RoundRecord, from_rows
-from gwpf_baseline.utils import ConfigError, FloatVector, RunError, one_line
+from gwpf_baseline.utils import (
+    ConfigError,
+    FloatVector,
+    RunError,
+    is_whole,
+    one_line,
+)
 
 log = logging.getLogger(__name__)
 
@@ -285,8 +292,11 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         for client in clients:
             message = self.messages.write(client, self.sends_mask(client))
             self.books.sent(client, message.size, message.sizes)
-            config = {"round": self.round, "committed": self.committed}
-            ins = FitIns(message.parameters, dict(config))
+            config: dict[str, Scalar] = {
+                "round": self.round,
+                "committed": self.committed,
+            }
+            ins = FitIns(message.parameters, config)
             instructions.append((self.roster.proxy(client), ins))
         self.books.all_sent(time.monotonic() - started)
         return instructions
@@ -326,7 +336,7 @@ class SyncStrategy(MethodServer[Upload], Strategy):
                 self.update_bound.count()
                 self.buffer_bound.count()
                 used[client] = result.parameters, weight
-        # Both, as each sets its limit by that.
+        # Both, as each takes its median by that.
         if self.update_bound.exceeded() | self.buffer_bound.exceeded():
             self._add_bounded(used)
         if used:
@@ -349,7 +359,7 @@ class SyncStrategy(MethodServer[Upload], Strategy):
             self._buffer_sum.add_(as_tensor(buffers), alpha=weight)
 
     def _add_bounded(self, used: dict[int, tuple[Parameters, float]]) -> None:
-        """Add all uploads once more, those that are too long cut to the limit."""
+        """Add all uploads once more, those beyond the bound cut to the median."""
         self._reset_sums()
         for client, (parameters, weight) in used.items():
             content = self._read(client, parameters, Counter())
@@ -388,7 +398,7 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         if self.weighting == "uniform":
             return 1.0
         known = self.num_examples[client]
-        if type(num_examples) is not int or num_examples != known:
+        if not is_whole(num_examples) or num_examples != known:
             raise WireError(f"it says that it has {num_examples} examples, not {known}")
         return float(known)
 
@@ -468,7 +478,7 @@ class SyncStrategy(MethodServer[Upload], Strategy):
             held.check(self.exchange)
         if self.exchange >= MOST:
             raise ValueError(f"exchange {self.exchange}")
-        if self.messages.last_changed.max(initial=0) > self.exchange:
+        if np.max(self.messages.last_changed, initial=0) > self.exchange:
             raise ValueError("last_changed is beyond the last exchange")
         self.load_method_state(_below("method.", state))
         self.optimizer.load_state(as_arrays(_below("optimizer.", state)))

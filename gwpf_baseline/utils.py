@@ -3,6 +3,7 @@
 import hashlib
 import os
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -62,7 +63,7 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def is_whole(value: object) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
     """Tell whether a configuration value is a whole number, such as 1 but not 1.0."""
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -25,7 +25,7 @@ from gwpf_baseline.exchange.payload import (
     to_parameters,
     vector_checksum,
 )
-from gwpf_baseline.utils import BoolVector, FloatVector
+from gwpf_baseline.utils import BoolVector, FloatVector, is_whole
 
 #: The coordinates that changed, where all of them did.
 EVERYTHING = slice(None)
@@ -65,7 +65,7 @@ class ClientRecord:
             They are no whole numbers up to that.
         """
         for number, least in ((self.version, -1), (self.used, 0)):
-            if type(number) is not int or not least <= number <= last:
+            if not is_whole(number) or not least <= number <= last:
                 raise ValueError(f"an exchange {number!r} of {last}")
 
 

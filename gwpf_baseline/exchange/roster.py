@@ -10,7 +10,7 @@ from flwr.common import GetPropertiesIns, Scalar
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 
-from gwpf_baseline.utils import ConfigError, derive_seed, one_line
+from gwpf_baseline.utils import ConfigError, derive_seed, is_whole, one_line
 
 log = logging.getLogger(__name__)
 
@@ -242,8 +242,7 @@ class Roster:
         ValueError
             It is not a whole number from 0 to ``num_clients - 1``.
         """
-        # No bool, which is an int, and no text that says a number.
-        if type(client) is not int or not 0 <= client < self.num_clients:
+        if not is_whole(client) or not 0 <= client < self.num_clients:
             raise ValueError(f"{client!r} is no partition")
 
     def _rests_until(self, client: int) -> int:

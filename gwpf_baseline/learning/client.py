@@ -54,7 +54,7 @@ from gwpf_baseline.records.checkpoint import (
     StateError,
     save_state,
 )
-from gwpf_baseline.utils import ConfigError, one_line
+from gwpf_baseline.utils import ConfigError, is_whole, one_line
 
 log = logging.getLogger(__name__)
 
@@ -310,7 +310,7 @@ class SyncClient(MethodClient, NumPyClient):
 
 def _whole_number(config: dict[str, Scalar], key: str, least: int) -> int:
     number = config.get(key, least)
-    if type(number) is not int or number < least:
+    if not is_whole(number) or number < least:
         raise WireError(f"{key} {one_line(number)}: a whole number from {least} on")
     return number
 
