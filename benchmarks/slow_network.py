@@ -1,9 +1,9 @@
 """A federation over a slow network, really: wall time and bytes beside their models.
 
-Three SuperNodes, each in a network namespace behind token buckets (`tc tbf`),
-and a SuperLink: real processes, real sockets. Per method and round, the wall time
-stands beside the history's `modelled_seconds`, and the bytes that passed a node's
-interface, whatever they were for, beside those that the history counts.
+Three SuperNodes, each in a network namespace behind token buckets (`tc tbf`), and a
+SuperLink: real processes, real sockets. Per method and round, the wall time stands
+beside the history's `modelled_seconds`, and the bytes that passed a node's interface,
+whatever they were for, beside those that the history counts.
 
 Wants Linux and root. docs/results/network.md has what it printed.
 """
