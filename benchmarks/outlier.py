@@ -25,6 +25,13 @@ ATTACKS: dict[str, dict[str, float]] = {
     "3.4e38": {"value": 3.4e38},
     "times -1000": {"factor": -1000.0},
 }
+# Methods that hardly learn anything in so few rounds of the default run.
+TUNED = {
+    "cmfl": ["method=cmfl", "method.threshold=0.5"],
+    "fedpm": ["method=fedpm", "optimizer=adam", "lr=0.3"],
+    "fedpm_paper": ["method=fedpm_paper", "optimizer=adam", "lr=0.3"],
+    "zerofl": ["method=zerofl", "method.upload=diff_on_top_k", "lr=0.2"],
+}
 # With an adaptive optimiser of the server, and rounded.
 MORE = {
     "fedavg, fedadam": [
@@ -110,7 +117,7 @@ def main() -> None:
     options.add_argument("--methods", nargs="*", help="(all)")
     chosen = options.parse_args()
     files = sorted(config_dir().glob("method/*.yaml"))
-    runs = {file.stem: [f"method={file.stem}"] for file in files} | MORE
+    runs = {file.stem: [f"method={file.stem}"] for file in files} | TUNED | MORE
     rows = []
     for name in chosen.methods or runs:
         overrides = [*runs[name], f"seed={chosen.seed}"]

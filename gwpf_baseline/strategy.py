@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, astuple
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,6 +60,16 @@ _MISREAD = (KeyError, TypeError, ValueError, IndexError, AttributeError)
 
 Results = Sequence[tuple[ClientProxy, FitRes]]
 Failures = Sequence[tuple[ClientProxy, FitRes] | BaseException]
+
+
+class _Answer(NamedTuple):
+    """A sound answer: its weight, whether it is used, and how far it would lead."""
+
+    result: FitRes
+    weight: float
+    used: bool
+    length: float
+    distance: float
 
 
 class Callback:
@@ -283,8 +293,6 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         for client in clients:
             self.clients.setdefault(client, ClientRecord(version=0))
         self.messages.open(follow_up)
-        self.update_bound.open()
-        self.buffer_bound.open()
         self.begin_exchange()
         self._reset_sums()
         self.messages.ask_for(self.request())
@@ -306,7 +314,7 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         waited = self.books.waited()
         known = {self.roster.client(proxy): result for proxy, result in results}
         self._miss(self.books.waiting_for.difference(known), failures)
-        used: dict[int, tuple[Parameters, float]] = {}
+        sound: dict[int, _Answer] = {}
         # Floating-point sums depend on their order: not the order of arrival.
         for client in sorted(known):
             result = known[client]
@@ -316,31 +324,30 @@ class SyncStrategy(MethodServer[Upload], Strategy):
                 content = self._read(client, result.parameters, sizes)
             # Whatever one client's answer holds must not end the others' round.
             except Exception as error:  # pylint: disable=broad-exception-caught
-                # To be written the whole model is what costs the server most.
-                strikes = 2 if isinstance(error, StateLost) else 1
-                self.roster.failed(client, self.round, strikes)
-                self._leave_out(str(client), error)
                 sizes.clear()
+                self._leave_out(client, error)
                 continue
             finally:
                 self.books.received(size, sizes)
+            lengths = self.update_bound.length, self.buffer_bound.length
+            sound[client] = _Answer(result, weight, content is not None, *lengths)
+            self._add(content, weight)
+        if self._leave_out_the_longest(sound):
+            self._reset_sums()
+            for client, answer in sound.items():
+                content = self._read(client, answer.result.parameters, Counter())
+                self._add(content, answer.weight)
+        for client, answer in sound.items():
             self.roster.answered(client)
-            if not self.follow_up:
-                self.answers += 1
-            self.books.learned(result.metrics.get("train_loss"))
-            compute = result.metrics.get("compute_seconds")
-            self.books.worked(client, size, compute, waited)
-            self.messages.confirm(client, used=content is not None)
-            if content is not None:
-                self._add(*content, weight)
-                self.update_bound.count()
-                self.buffer_bound.count()
-                used[client] = result.parameters, weight
-        # Both, as each takes its median by that.
-        if self.update_bound.exceeded() | self.buffer_bound.exceeded():
-            self._add_bounded(used)
+            self.messages.confirm(client, answer.used)
+            metrics, size = answer.result.metrics, size_of(answer.result.parameters)
+            self.books.learned(metrics.get("train_loss"))
+            self.books.worked(client, size, metrics.get("compute_seconds"), waited)
+        if not self.follow_up:
+            self.answers += len(sound)
+        used = {client: answer for client, answer in sound.items() if answer.used}
         if used:
-            total_weight = sum(weight for _, weight in used.values())
+            total_weight = sum(answer.weight for answer in used.values())
             self.messages.close(self.finish_exchange(total_weight))
             if not self.follow_up:
                 torch.div(self._buffer_sum, total_weight, out=self.buffers)
@@ -353,26 +360,32 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         self._buffer_sum = torch.zeros_like(self.buffers)
         self.reset_sums()
 
-    def _add(self, upload: Upload, buffers: FloatVector, weight: float) -> None:
+    def _add(self, content: tuple[Upload, FloatVector] | None, weight: float) -> None:
+        if content is None:
+            return
+        upload, buffers = content
         self.add_upload(upload, weight)
         if not self.follow_up:
             self._buffer_sum.add_(as_tensor(buffers), alpha=weight)
 
-    def _add_bounded(self, used: dict[int, tuple[Parameters, float]]) -> None:
-        """Add all uploads once more, those beyond the bound cut to the median."""
-        self._reset_sums()
-        for client, (parameters, weight) in used.items():
-            content = self._read(client, parameters, Counter())
-            assert content is not None
-            self._add(*content, weight)
-            for bound in (self.update_bound, self.buffer_bound):
-                if bound.beyond:
-                    log.warning(
-                        "client %d: an update of norm %.3g, cut to the median, %.3g",
-                        client,
-                        bound.length,
-                        bound.median,
-                    )
+    def _leave_out_the_longest(self, sound: dict[int, "_Answer"]) -> bool:
+        """Take those out who would move the model further than they may."""
+        used = [answer for answer in sound.values() if answer.used]
+        longest = self.update_bound.longest([answer.length for answer in used])
+        furthest = self.buffer_bound.longest([answer.distance for answer in used])
+        beyond = [
+            client
+            for client, answer in sound.items()
+            if answer.length > longest or answer.distance > furthest
+        ]
+        for client in beyond:
+            answer = sound.pop(client)
+            self._leave_out(
+                client,
+                f"an update of norm {answer.length:.3g}, buffers {answer.distance:.3g} "
+                f"away: at most {longest:.3g} and {furthest:.3g} (norm_bound)",
+            )
+        return bool(beyond)
 
     def _read(
         self, client: int, parameters: Parameters, sizes: Sizes
@@ -390,7 +403,7 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         if size:
             if (buffers < self._least_buffers).any():
                 raise WireError("a buffer below the least that it can be")
-            buffers = self.buffer_bound.cut(buffers, self.buffers.numpy())
+            self.buffer_bound.measure(buffers, self.buffers.numpy())
         sizes.update(reader.sizes)
         return upload, buffers
 
@@ -403,26 +416,28 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         return float(known)
 
     def _miss(self, silent: set[int], failures: Failures) -> None:
-        """Leave those out of whom there is no answer."""
+        """Note those of whom there is no answer."""
         for client in silent:
             self.roster.failed(client, self.round, silent=True)
         for failure in failures:
             if isinstance(failure, tuple):
                 proxy, result = failure
                 who = str(self.roster.client(proxy))
-                self._leave_out(who, result.status.message)
+                self._warn(who, result.status.message)
             else:
-                # Flower does not say whose it is, only that somebody is silent.
-                self._leave_out(" or ".join(map(str, sorted(silent))), failure)
+                # Flower does not say whose an error is, only that somebody is silent.
+                self._warn(" or ".join(map(str, sorted(silent))), failure)
 
-    def _leave_out(self, who: str, reason: object) -> None:
+    def _leave_out(self, client: int, reason: object) -> None:
+        # To be written the whole model is what costs the server most.
+        strikes = 2 if isinstance(reason, StateLost) else 1
+        self.roster.failed(client, self.round, strikes)
+        self._warn(str(client), reason)
+
+    def _warn(self, who: str, reason: object) -> None:
         self.books.tally.failures += 1
-        log.warning(
-            "client %s left out of exchange %d: %s",
-            who,
-            self.exchange,
-            one_line(reason),
-        )
+        why = one_line(reason)
+        log.warning("client %s left out of exchange %d: %s", who, self.exchange, why)
 
     # ---- state --------------------------------------------------------------------
 

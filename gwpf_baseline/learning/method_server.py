@@ -52,8 +52,8 @@ class MethodServer(ABC, Generic[Upload]):
     quantization : Quantization, optional
         How values travel; default: as they are.
     norm_bound : float, optional
-        How many times longer than the exchange's median update one client's may be; it
-        is cut to that. None: any.
+        How many times longer than the exchange's median update one client's may be, to
+        be used. None: any.
 
     Attributes
     ----------
@@ -116,7 +116,7 @@ class MethodServer(ABC, Generic[Upload]):
         """Start the exchange's sums afresh.
 
         Called after :meth:`begin_exchange`, and once more if an upload turns out to be
-        too long, so that all are added again.
+        too long, so that the others are added again.
         """
 
     def request(self) -> BoolVector | None:
@@ -152,7 +152,7 @@ class MethodServer(ABC, Generic[Upload]):
         """Take one client's upload from a payload, without any effect.
 
         A vector by which one client could move the model as far as it likes has to
-        pass :meth:`bounded`; :meth:`read_update` sees to that.
+        be measured, see :meth:`measure`; :meth:`read_update` does it.
 
         Parameters
         ----------
@@ -338,7 +338,7 @@ class MethodServer(ABC, Generic[Upload]):
         mask : numpy.ndarray, optional
             bool ``(d,)``, the coordinates that they belong to; default: all.
         origin : numpy.ndarray, optional
-            As of :meth:`bounded`.
+            As of :meth:`measure`.
 
         Returns
         -------
@@ -346,32 +346,28 @@ class MethodServer(ABC, Generic[Upload]):
             float32 ``(k,)``. It may be read-only.
         """
         counts = values_per_layer(self.layers, mask)
-        return self.bounded(self.quantization.read_update(reader, counts), origin)
+        values = self.quantization.read_update(reader, counts)
+        self.measure(values, origin)
+        return values
 
-    def bounded(
-        self, values: FloatVector, origin: FloatVector | None = None
-    ) -> FloatVector:
-        """Cut an update to a length beside which the other clients' count as well.
+    def measure(self, values: FloatVector, origin: FloatVector | None = None) -> None:
+        """Measure how far an upload would move the model.
+
+        An upload that is much longer than the median one of its exchange is left out.
 
         Parameters
         ----------
         values : numpy.ndarray
-            float32 ``(k,)``, all that an upload moves the model by.
+            float32 ``(k,)``, all that it would move the model by.
         origin : numpy.ndarray, optional
             float32 ``(k,)``, the values that would not move it; default: zeros.
-
-        Returns
-        -------
-        numpy.ndarray
-            float32 ``(k,)``; as they are, unless much longer than the median update of
-            the exchange.
 
         Raises
         ------
         WireError
-            Longer than any update.
+            Further than any update.
         """
-        return self.update_bound.cut(values, origin)
+        self.update_bound.measure(values, origin)
 
     def move(self, update: FloatVector, mask: BoolVector | None = None) -> None:
         """Move the global model by the clients' mean update.

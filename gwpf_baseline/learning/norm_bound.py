@@ -3,12 +3,12 @@
 Norm bounding: Sun, Kairouz, Suresh, McMahan: Can You Really Backdoor Federated
 Learning? 2019, section 5. The bound is not a constant but a multiple of the median norm
 of the exchange's own updates, which follows the training and which fewer than half of
-the clients cannot move. What is beyond it is cut not to the bound but to the median:
-the bound can be so far out that honest clients hardly ever meet it, and who is beyond
-gains nothing by it.
+the clients cannot move. What is beyond it is not cut but left out: the bound can be so
+far out that honest clients hardly ever meet it, and who is beyond gains nothing by it.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -62,9 +62,6 @@ def norm(values: FloatVector) -> float:
 class NormBound:
     """The bound on the norms of an exchange's updates.
 
-    Updates are read once to be added up and measured, and only if one of them turns out
-    to be too long, all of them once more to be cut.
-
     Parameters
     ----------
     multiple : float or None
@@ -72,25 +69,16 @@ class NormBound:
 
     Attributes
     ----------
-    median : float
-        The exchange's median norm; infinite until it is known.
     length : float
-        The norm of the update that was read last, before it was cut.
+        The norm of the update that was measured last.
     recent : list of float
         The last norms, for exchanges of too few clients to have a median.
     """
 
     def __init__(self, multiple: float | None) -> None:
         self.multiple = multiple
-        self.median = math.inf
         self.length = 0.0
         self.recent: list[float] = []
-        self._norms: list[float] = []
-
-    def open(self) -> None:
-        """Begin an exchange."""
-        self.median, self.length = math.inf, 0.0
-        self._norms = []
 
     def restore(self, recent: list[float]) -> None:
         """Take back the last norms, as a checkpoint has them.
@@ -104,23 +92,15 @@ class NormBound:
             raise ValueError(f"norms {recent}")
         self.recent = recent[-_REMEMBERED:]
 
-    def cut(
-        self, values: FloatVector, origin: FloatVector | None = None
-    ) -> FloatVector:
-        """Cut an update to the median norm if it is beyond the bound.
+    def measure(self, values: FloatVector, origin: FloatVector | None = None) -> None:
+        """Measure an update.
 
         Parameters
         ----------
         values : numpy.ndarray
             float32 ``(k,)``.
         origin : numpy.ndarray, optional
-            float32 ``(k,)``, what the values are to be near to; default: zeros.
-
-        Returns
-        -------
-        numpy.ndarray
-            float32 ``(k,)``: as they are, if their distance from the origin is within
-            the bound, else in the same direction at the median distance.
+            float32 ``(k,)``, the values that would not move the model; default: zeros.
 
         Raises
         ------
@@ -128,44 +108,32 @@ class NormBound:
             Longer than `LONGEST`.
         """
         with np.errstate(over="ignore"):
-            way = values if origin is None else values - origin
-        self.length = norm(way)
+            self.length = norm(values if origin is None else values - origin)
         if self.length > LONGEST:
             raise WireError(
                 f"an update of norm {self.length:.3g}: none is longer than {LONGEST:g}"
             )
-        if not self.beyond:
-            return values
-        way = way * np.float32(self.median / self.length)
-        return way if origin is None else origin + way
 
-    def count(self) -> None:
-        """Note that the update which was read last is used."""
-        # Who has nothing to send says nothing about how long an update is.
-        if self.length > 0:
-            self._norms.append(self.length)
+    def longest(self, lengths: Sequence[float]) -> float:
+        """Return how long an exchange's updates may be.
 
-    @property
-    def beyond(self) -> bool:
-        """Whether the update that was read last is beyond the bound."""
-        return self._is_beyond(self.length)
-
-    def _is_beyond(self, length: float) -> bool:
-        return self.multiple is not None and length > self.multiple * self.median
-
-    def exceeded(self) -> bool:
-        """Take the median of what was counted.
+        Parameters
+        ----------
+        lengths : sequence of float
+            The norms of all of them.
 
         Returns
         -------
-        bool
-            Whether an update of the exchange is beyond the bound.
+        float
+            The multiple of their median; infinite without a bound.
         """
-        norms = self._norms
+        # Who has nothing to send says nothing about how long an update is.
+        norms = [length for length in lengths if length > 0]
         known = norms if len(norms) >= _FEW else self.recent + norms
-        self.recent = (self.recent + norms)[-_REMEMBERED:]
-        if not norms:
-            return False
+        if self.multiple is None or not known:
+            return math.inf
         # Of an even number the lower one: of two, the longer may be the liar's.
-        self.median = sorted(known)[(len(known) - 1) // 2]
-        return self._is_beyond(max(norms))
+        bound = self.multiple * sorted(known)[(len(known) - 1) // 2]
+        sound = [length for length in norms if length <= bound]
+        self.recent = (self.recent + sound)[-_REMEMBERED:]
+        return bound

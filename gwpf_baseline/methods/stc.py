@@ -173,10 +173,8 @@ class STCStrategy(SyncStrategy[Ternary]):
     def read_upload(self, reader: Reader) -> Ternary:
         """Take one client's ternary update."""
         upload = read_ternary(reader, self.dimension)
-        if not upload.signs.size:
-            return upload
-        magnitude = np.abs(self.bounded(upload.values())[0])
-        return Ternary(upload.positions, upload.signs, magnitude)
+        self.measure(upload.values())
+        return upload
 
     def add_upload(self, upload: Ternary, weight: float) -> None:
         """Add one client's update."""
