@@ -1,25 +1,32 @@
 """A whole Flower federation on this machine: authority, keys, SuperLink, SuperNodes.
 
 Every command that it runs stands in docs/deployment.md. It runs until it is stopped
-(Ctrl-C), and says by which `flwr run` an experiment is started on it. Nothing of it
-lies outside of its folder.
+(Ctrl-C, SIGTERM), and says by which `flwr run` an experiment is started on it. Nothing
+of it lies outside of its folder.
 
 python dev/deployment.py /tmp/federation --supernodes 3
 """
 
 import argparse
+import ipaddress
 import os
 import shlex
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Seconds for a process to start: imports are slow where nothing is cached.
 _PATIENCE = 120
+# Seconds for SuperNodes to take their leave, so that they can come back at once.
+_GRACE = 10
 
 
 class Deployment:
@@ -73,27 +80,32 @@ class Deployment:
 
     def _certify(self) -> None:
         """Make an authority, and a certificate of the SuperLink that it has signed."""
-        names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
         self.call(
             "openssl req -x509 -newkey rsa:3072 -nodes -days 365 -subj /CN=authority "
-            "-keyout ca.key -out ca.crt"
+            "-addext keyUsage=critical,keyCertSign,cRLSign -keyout ca.key -out ca.crt"
         )
         self.call(
             "openssl req -newkey rsa:3072 -nodes -subj /CN=superlink "
             "-keyout server.key -out server.csr"
         )
-        (self.folder / "names").write_text(names)
+        # The server's part connects by 127.0.0.1. Python 3.13 wants the identifiers.
+        (self.folder / "server.ext").write_text(
+            f"subjectAltName=DNS:localhost,IP:127.0.0.1,{_alternative(self.host)}\n"
+            "subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n"
+        )
         self.call(
             "openssl x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial "
-            "-days 365 -extfile names -out server.crt"
+            "-days 365 -extfile server.ext -out server.crt"
         )
 
     def _key(self, name: str) -> Path:
-        """Return a SuperNode's private key, made and registered when first used."""
+        """Return a SuperNode's private key, made when first used, and registered."""
         key = self.folder / f"{name}.key"
         if not key.exists():
-            self.call(f"ssh-keygen -q -t ecdsa -b 384 -N '' -C {name} -f {key}")
-            self.call(f"flwr supernode register {key}.pub federation")
+            self.call(f"ssh-keygen -q -t ecdsa -b 384 -N '' -C {name} -f {name}.key")
+        registered = self.flwr("supernode", "register", f"{key}.pub", "federation")
+        if registered.returncode and "already in use" not in registered.stderr:
+            raise RuntimeError(f"{key}.pub: {_line(registered.stderr)}")
         return key
 
     # ---- processes ----------------------------------------------------------------
@@ -111,11 +123,15 @@ class Deployment:
             options += " --insecure"
         if self.database:
             options += " --database superlink.db"
+        self._check_port(self.host, self.port)
         self._start("superlink", f"flower-superlink {options}", self.folder)
         deadline = time.monotonic() + _PATIENCE
         while self.flwr("supernode", "list", "federation").returncode:
             if time.monotonic() > deadline or self.ended("superlink"):
-                raise RuntimeError(f"see {self.folder / 'superlink.log'}")
+                raise RuntimeError(
+                    "the SuperLink does not answer; "
+                    f"{self.folder / 'superlink.log'} says why"
+                )
             time.sleep(0.5)
 
     def start_supernode(
@@ -151,20 +167,35 @@ class Deployment:
             options += f"--auth-supernode-private-key {self._key(name)}"
         else:
             options += "--insecure"
+        if not prefix:
+            self._check_port("127.0.0.1", self.port + 1 + number)
         self._start(name, f"flower-supernode {options}", disk, prefix)
         return name
 
     def _start(self, name: str, command: str, disk: Path, prefix: str = "") -> None:
-        log = (self.folder / f"{name}.log").open("a")
-        self.processes[name] = subprocess.Popen(
-            [*prefix.split(), *self._split(command)],
-            env=self.environment(disk),
-            cwd=self.folder,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            # With all that it starts, it can be killed as a group.
-            start_new_session=True,
-        )
+        with (self.folder / f"{name}.log").open("a") as log:
+            self.processes[name] = subprocess.Popen(
+                [*prefix.split(), *self._split(command)],
+                env=self.environment(disk),
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # A terminal's Ctrl-C is for this script, which ends them in order.
+                start_new_session=True,
+            )
+
+    @staticmethod
+    def _check_port(host: str, port: int) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise RuntimeError(
+                    f"port {port} of {host}: {error.strerror}"
+                ) from error
 
     def ended(self, name: str) -> bool:
         """Tell whether a process has ended."""
@@ -173,16 +204,25 @@ class Deployment:
     def kill(self, name: str) -> None:
         """End a process and all that it has started, as a failing machine does."""
         process = self.processes.pop(name)
-        try:
-            os.killpg(process.pid, 9)
-        except ProcessLookupError:
-            pass
+        _kill(_families([process.pid]))
         process.wait()
 
     def stop(self) -> None:
-        """End everything."""
-        for name in list(self.processes):
-            self.kill(name)
+        """End everything, SuperNodes first."""
+        families = _families(process.pid for process in self.processes.values())
+        nodes = [self.processes[name] for name in self.processes if name != "superlink"]
+        deadline = time.monotonic() + _GRACE
+        try:
+            for node in nodes:
+                node.terminate()
+            for node in nodes:
+                with suppress(subprocess.TimeoutExpired):
+                    node.wait(max(0, deadline - time.monotonic()))
+        finally:
+            # Theirs have sessions of their own, and would go on for a while.
+            _kill(families)
+            for name in list(self.processes):
+                self.kill(name)
 
     def __enter__(self) -> "Deployment":
         """Return the federation, which is stopped at the end."""
@@ -218,18 +258,58 @@ class Deployment:
 
     def call(self, command: str) -> None:
         """Run a command in the federation's folder."""
-        subprocess.run(
+        done = subprocess.run(
             self._split(command),
             env=self.environment(self.folder),
             cwd=self.folder,
-            check=True,
+            check=False,
             capture_output=True,
+            text=True,
         )
+        if done.returncode:
+            raise RuntimeError(f"{command}: {_line(done.stderr)}")
 
     def _split(self, command: str) -> list[str]:
         program, *arguments = shlex.split(command)
-        found = self.scripts / program
-        return [str(found) if found.exists() else program, *arguments]
+        found = shutil.which(program, path=self.environment(self.folder)["PATH"])
+        if found is None:
+            raise RuntimeError(f"{program} is needed, and not on the PATH")
+        return [found, *arguments]
+
+
+def _alternative(host: str) -> str:
+    """Return a host's name or address as a certificate has it."""
+    try:
+        return f"IP:{ipaddress.ip_address(host)}"
+    except ValueError:
+        return f"DNS:{host}"
+
+
+def _line(text: str) -> str:
+    """Return the last line that says anything, without what frames it."""
+    lines = [line.strip("│╭╮╰╯─ ") for line in text.splitlines()]
+    return next((line for line in reversed(lines) if line), "no reason given")
+
+
+def _families(heads: Iterable[int]) -> list[int]:
+    """Return processes and all that they have started, by the table of processes."""
+    found = list(heads)
+    command = ["ps", "-A", "-o", "pid=,ppid="]
+    try:
+        table = subprocess.run(command, check=True, capture_output=True, text=True)
+    # Without it what they started ends by itself, some seconds after them.
+    except (OSError, subprocess.CalledProcessError):
+        return found
+    rows = [tuple(map(int, row.split())) for row in table.stdout.splitlines()]
+    for parent in found:
+        found += [pid for pid, ppid in rows if ppid == parent and pid not in found]
+    return found
+
+
+def _kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -243,6 +323,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("--insecure", action="store_true", help="no TLS and no keys")
     parser.add_argument("--database", action="store_true", help="a state on disk")
     options = parser.parse_args(arguments)
+    if options.supernodes < 1:
+        parser.error("--supernodes: at least 1")
+    if not 1 <= options.port <= 65535 - options.supernodes:
+        parser.error(f"--port: from 1 to {65535 - options.supernodes}")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(0))
+    try:
+        _serve(options)
+    except KeyboardInterrupt:
+        sys.exit(0)
+    except (RuntimeError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _serve(options: argparse.Namespace) -> NoReturn:
     with Deployment(
         options.folder, options.port, not options.insecure, options.database
     ) as deployment:
@@ -257,13 +352,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             f'--stream --run-config "num_clients={options.supernodes}"\n',
             flush=True,
         )
-        try:
-            while not any(map(deployment.ended, deployment.processes)):
-                time.sleep(1)
-        except KeyboardInterrupt:
-            sys.exit(0)
+        while not any(map(deployment.ended, deployment.processes)):
+            time.sleep(1)
         ended = [name for name in deployment.processes if deployment.ended(name)]
-        sys.exit(f"error: {ended[0]} has ended; its log says why")
+        raise RuntimeError(
+            f"{ended[0]} has ended; {deployment.folder / ended[0]}.log says why"
+        )
 
 
 if __name__ == "__main__":
