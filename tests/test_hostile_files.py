@@ -243,6 +243,27 @@ def test_old_files_of_a_client_are_removed(tmp_path: Path) -> None:
     assert len(list(folder.path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("method", ["gwpf", "gaia", "stc", "apf"])
+def test_a_node_that_starts_again_loses_nothing(method: str, tmp_path: Path) -> None:
+    """If it has its part of the last checkpoint: the same models to the bit."""
+    federation, twin = played(method), played(method)
+    node, folder = federation.nodes[0], CheckpointFolder(tmp_path)
+    save_state(folder.client_file(3, 0), node.state.to_save(0))
+    build = node.build
+
+    def found(context: Any) -> SyncClient:
+        client = build(context)
+        client.found = [folder]
+        return client
+
+    node.build = found
+    node.forget()
+    federation.strategy.committed = 3
+    for _ in range(3):
+        assert federation.play().failures == twin.play().failures == 0
+        assert torch.equal(federation.strategy.weights, twin.strategy.weights)
+
+
 def test_what_was_used_after_a_checkpoint_is_not_sent_again(tmp_path: Path) -> None:
     """A node that starts again with an older state drops what that has due."""
     federation = played("gaia")
