@@ -90,7 +90,9 @@ class LocalNode(ClientProxy):
         self, ins: GetPropertiesIns, timeout: float | None, group_id: int | None
     ) -> GetPropertiesRes:
         """Ask the client who it is."""
-        return self.build(self.context).to_client().get_properties(ins)
+        # Python 3.11 parses source, as libraries do, in one thread at a time only.
+        with _ONE_AT_A_TIME:
+            return self.build(self.context).to_client().get_properties(ins)
 
     def get_parameters(
         self, ins: GetParametersIns, timeout: float | None, group_id: int | None

@@ -281,6 +281,7 @@ def scripted(
         return built
 
     strategy.setdefault("num_examples", [1] * num_clients)
+    strategy.setdefault("max_empty_rounds", 1000)
     server = found.strategy(model, config=config, num_clients=num_clients, **strategy)
     return Federation(server, [Node(i, partial(build, i)) for i in range(num_clients)])
 
