@@ -134,6 +134,7 @@ class NormBound:
             return math.inf
         # Of an even number the lower one: of two, the longer may be the liar's.
         bound = self.multiple * sorted(known)[(len(known) - 1) // 2]
-        sound = [length for length in norms if length <= bound]
-        self.recent = (self.recent + sound)[-_REMEMBERED:]
+        # Who is beyond counts as well, up to the bound: a new scale is not shut out.
+        self.recent += [min(length, bound) for length in norms]
+        self.recent = self.recent[-_REMEMBERED:]
         return bound
