@@ -10,7 +10,6 @@ Wants Linux and root. docs/results/network.md has what it printed.
 
 import argparse
 import csv
-import json
 import os
 import subprocess
 import sys
@@ -92,19 +91,11 @@ def passed() -> Wire:
     return Wire(up, down)
 
 
-def play(nodes: Deployment, overrides: list[str], rounds: int) -> list[tuple]:
+def play(nodes: Deployment, config: dict[str, object]) -> list[tuple]:
     """Run an experiment; return its history's rows and the counters at their ends."""
-    run = nodes.flwr(
-        *("run", str(REPOSITORY), "federation", "--format=json", "--run-config"),
-        " ".join([*overrides, f"num_rounds={rounds}", f"num_clients={NODES}"]),
-    )
-    answer = json.loads(run.stdout)
-    if not answer["success"]:
-        sys.exit(f"error: {run.stdout}")
-    number = answer["run-id"]
-    history = nodes.folder / "outputs" / str(number) / "history.csv"
+    history = nodes.results(nodes.submit(config)) / "history.csv"
     found: list[tuple] = []
-    while len(found) < rounds:
+    while len(found) < config["num_rounds"]:  # type: ignore[operator]
         time.sleep(0.2)
         if nodes.ended("superlink"):
             sys.exit(f"the SuperLink has ended, see {nodes.folder}")
@@ -159,18 +150,20 @@ def main() -> None:
                 space = f"ip netns exec {_BRIDGE}-{node}"
                 nodes.start_supernode(node, node, prefix=space)
             for method in chosen.methods:
-                overrides = [
-                    f'method="{method}"',
-                    f'model="{chosen.model}"',
-                    'dataset="mnist"',
-                    f'overrides="dataset.path={chosen.data / "mnist"}"',
-                    f"local_steps={chosen.local_steps}",
-                    f"seed={chosen.seed}",
-                    f"network.uplink_mbps={chosen.up}",
-                    f"network.downlink_mbps={chosen.down}",
-                    f"network.overhead_bytes={chosen.overhead}",
-                ]
-                rows.append((method, *summary(play(nodes, overrides, chosen.rounds))))
+                config = {
+                    "method": method,
+                    "model": chosen.model,
+                    "dataset": "mnist",
+                    "overrides": f"dataset.path={chosen.data / 'mnist'}",
+                    "num_clients": NODES,
+                    "num_rounds": chosen.rounds,
+                    "local_steps": chosen.local_steps,
+                    "seed": chosen.seed,
+                    "network.uplink_mbps": chosen.up,
+                    "network.downlink_mbps": chosen.down,
+                    "network.overhead_bytes": chosen.overhead,
+                }
+                rows.append((method, *summary(play(nodes, config))))
     columns = (
         "method",
         "seconds a round",

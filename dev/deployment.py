@@ -9,6 +9,7 @@ python dev/deployment.py /tmp/federation --supernodes 3
 
 import argparse
 import ipaddress
+import json
 import os
 import shlex
 import shutil
@@ -17,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -175,7 +176,7 @@ class Deployment:
     def _start(self, name: str, command: str, disk: Path, prefix: str = "") -> None:
         with (self.folder / f"{name}.log").open("a") as log:
             self.processes[name] = subprocess.Popen(
-                [*prefix.split(), *self._split(command)],
+                [*prefix.split(), *self._found(shlex.split(command))],
                 env=self.environment(disk),
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
@@ -247,30 +248,58 @@ class Deployment:
 
     def flwr(self, *arguments: str) -> subprocess.CompletedProcess:
         """Run Flower's command line and return what it printed."""
-        return subprocess.run(
-            self._split(shlex.join(["flwr", *arguments])),
-            env=self.environment(self.folder),
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        return self._run(["flwr", *arguments])
+
+    def submit(self, config: Mapping[str, object]) -> str:
+        """Start a run on the SuperNodes.
+
+        Parameters
+        ----------
+        config : mapping of str to object
+            Its run configuration.
+
+        Returns
+        -------
+        str
+            Its id, which names its folder, see :meth:`results`.
+
+        Raises
+        ------
+        RuntimeError
+            Flower refuses it.
+        """
+        # As TOML has it: texts in quotes.
+        values = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
+        options = ("--run-config", values, "--format=json")
+        printed = self.flwr("run", str(REPOSITORY), "federation", *options)
+        answer = json.loads(printed.stdout)
+        if not answer["success"]:
+            raise RuntimeError(f"flwr run: {printed.stdout}")
+        return str(answer["run-id"])
+
+    def results(self, run: str) -> Path:
+        """Return the folder of a run's results on the SuperLink's disk."""
+        return self.folder / "outputs" / run
 
     def call(self, command: str) -> None:
         """Run a command in the federation's folder."""
-        done = subprocess.run(
-            self._split(command),
-            env=self.environment(self.folder),
-            cwd=self.folder,
-            check=False,
-            capture_output=True,
-            text=True,
-        )
+        done = self._run(shlex.split(command))
         if done.returncode:
             raise RuntimeError(f"{command}: {_line(done.stderr)}")
 
-    def _split(self, command: str) -> list[str]:
-        program, *arguments = shlex.split(command)
+    def _run(self, words: Sequence[str]) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            self._found(words),
+            env=self.environment(self.folder),
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def _found(self, words: Sequence[str]) -> list[str]:
+        """Return a command with its program's whole path."""
+        program, *arguments = words
         found = shutil.which(program, path=self.environment(self.folder)["PATH"])
         if found is None:
             raise RuntimeError(f"{program} is needed, and not on the PATH")

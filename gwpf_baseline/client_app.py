@@ -23,7 +23,7 @@ from gwpf_baseline.learning.client import SyncClient
 from gwpf_baseline.learning.flat_model import FlatModel, parameters_to_vector
 from gwpf_baseline.learning.training import Batches
 from gwpf_baseline.records.checkpoint import CheckpointFolder
-from gwpf_baseline.utils import ConfigError, pick_device, run_folder
+from gwpf_baseline.utils import ConfigError, is_whole, pick_device, run_folder
 
 
 def make_client(
@@ -53,7 +53,7 @@ def make_client(
         The node has no partition, or one that does not exist.
     """
     client = context.node_config.get("partition-id")
-    if not isinstance(client, int) or not 0 <= client < cfg.num_clients:
+    if not is_whole(client, 0) or client >= cfg.num_clients:
         raise ConfigError(
             "partition-id",
             client,

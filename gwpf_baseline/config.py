@@ -204,12 +204,8 @@ def checked(cfg: DictConfig) -> DictConfig:
         ("connect_timeout", 0, False),
     ):
         value = OmegaConf.select(cfg, key)
-        wanted = int if whole else int | float
-        if (
-            not isinstance(value, wanted)
-            or isinstance(value, bool)
-            or not value >= least
-        ):
+        number = is_whole(value) if whole else is_number(value)
+        if not number or not value >= least:
             kind = "a whole number" if whole else "a number"
             raise ConfigError(key, value, f"{kind} >= {least}")
     if not is_number(cfg.fraction_fit) or not 0 < cfg.fraction_fit <= 1:
@@ -376,10 +372,7 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         Not a run's folder, an override that would change the run's history, or a saved
         value that cannot be used.
     """
-    file = Path(cfg.resume) / "config.yaml"
-    if not file.is_file():
-        raise ConfigError("resume", cfg.resume, "the folder of a run")
-    saved = _load_saved(file)
+    saved = _saved_config(Path(cfg.resume))
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
         value = OmegaConf.select(cfg, key)
@@ -406,10 +399,7 @@ def check_same_run(cfg: DictConfig) -> None:
     ConfigError
         Not a run's folder, or a value that would change the run's history.
     """
-    file = Path(cfg.resume) / "config.yaml"
-    if not file.is_file():
-        raise ConfigError("resume", cfg.resume, "the folder of a run")
-    before, now = (_leaves(each) for each in (_load_saved(file), cfg))
+    before, now = _leaves(_saved_config(Path(cfg.resume))), _leaves(cfg)
     for key in sorted(before.keys() | now.keys()):
         if key not in RESUMABLE and before.get(key) != now.get(key):
             allowed = f"{before.get(key)}, as in the run to resume"
@@ -427,16 +417,19 @@ def _leaves(cfg: DictConfig) -> dict[str, Any]:
     return found
 
 
-def _load_saved(file: Path) -> DictConfig:
+def _saved_config(folder: Path) -> DictConfig:
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ConfigError("resume", folder, "the folder of a run")
     try:
         saved = OmegaConf.load(file)
     # PyYAML, too, raises more than it says.
     except Exception as error:
         allowed = f"a run's folder, whose config.yaml can be read ({error})"
-        raise ConfigError("resume", file.parent, allowed) from error
+        raise ConfigError("resume", folder, allowed) from error
     if not isinstance(saved, DictConfig):
         allowed = "a run's folder, whose config.yaml has keys"
-        raise ConfigError("resume", file.parent, allowed)
+        raise ConfigError("resume", folder, allowed)
     return saved
 
 

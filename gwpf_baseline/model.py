@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from gwpf_baseline.utils import ConfigError, derive_seed
+from gwpf_baseline.utils import ConfigError, derive_seed, is_whole
 
 Shape = tuple[int, ...]  # of one example
 
@@ -64,7 +64,7 @@ def _mnist_cnn(input_shape: Shape, num_classes: int) -> nn.Module:
 
 
 def _check_width(width: object) -> None:
-    if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+    if not is_whole(width, 1):
         raise ConfigError("model.width", width, "a whole number >= 1")
 
 

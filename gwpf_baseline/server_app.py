@@ -231,7 +231,6 @@ def check_resume(cfg: DictConfig) -> None:
         No checkpoint, or all rounds are done.
     """
     if cfg.resume:
-        check_same_run(cfg)
         done = CheckpointFolder(cfg.resume).latest()
         if done >= cfg.num_rounds:
             raise ConfigError(
@@ -246,5 +245,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run one experiment from Flower's run configuration."""
     cfg = from_run_config(context.run_config)
+    if cfg.resume:
+        check_same_run(cfg)
     check_resume(cfg)
     run_server(cfg, on_grid(grid), run_folder(context.run_id), Console())

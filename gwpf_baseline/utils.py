@@ -1,6 +1,7 @@
 """Seeds, devices and the one kind of error that a user's configuration can cause."""
 
 import hashlib
+import math
 import os
 from pathlib import Path
 from typing import TypeGuard
@@ -58,14 +59,22 @@ def one_line(text: object, most: int = 500) -> str:
     return shown if len(str(text)) <= most else f"{shown}..."
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Tell whether a configuration value is a number; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def is_whole(value: object) -> TypeGuard[int]:
-    """Tell whether a configuration value is a whole number, such as 1 but not 1.0."""
-    return isinstance(value, int) and not isinstance(value, bool)
+def is_whole(value: object, least: float = -math.inf) -> TypeGuard[int]:
+    """Tell whether a value is a whole number, such as 1 but not 1.0 nor true.
+
+    Parameters
+    ----------
+    value : object
+        The value.
+    least : float, default minus infinity
+        The least that it may be.
+    """
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def is_name(value: object) -> bool:

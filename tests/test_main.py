@@ -10,6 +10,25 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def only_line(
+    folder: Path, code: int, variables: dict[str, str], *overrides: str
+) -> str:
+    """Run a command line, which must fail by a code, and return all that it says."""
+    process = subprocess.run(
+        [sys.executable, "-m", "gwpf_baseline.main", *overrides],
+        cwd=folder,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert process.returncode == code
+    assert process.stdout == ""
+    [line] = process.stderr.splitlines()
+    return line
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -26,18 +45,8 @@ def test_what_cannot_be_meant_is_one_line_and_code_2(
 ) -> None:
     """Whoever finds it: Hydra, the check, or who loads the data; Ray never starts."""
     (tmp_path / "file").touch()
-    process = subprocess.run(
-        [sys.executable, "-m", "gwpf_baseline.main", override],
-        cwd=tmp_path,
-        env={**os.environ, "RAY_TMPDIR": str(tmp_path / "file")},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert process.returncode == 2
-    assert process.stdout == ""
-    [line] = process.stderr.splitlines()
+    no_ray = {"RAY_TMPDIR": str(tmp_path / "file")}
+    line = only_line(tmp_path, 2, no_ray, override)
     assert line.startswith(f"error: {message}")
     assert line.isprintable()
 
@@ -52,21 +61,7 @@ def test_a_ray_that_cannot_start_is_one_line_and_code_1(
     """The process ends, by itself and soon: it asks no other Ray to stand in."""
     (tmp_path / "file").touch()
     somewhere = {"RAY_TMPDIR": str(tmp_path / folder), "RAY_ADDRESS": "127.0.0.1:1"}
-    process = subprocess.run(
-        [
-            sys.executable,
-            *("-m", "gwpf_baseline.main"),
-            *("num_rounds=1", f"hydra.run.dir={tmp_path / 'run'}"),
-        ],
-        cwd=REPOSITORY,
-        env={**os.environ, **somewhere},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert process.returncode == 1
-    assert process.stdout == ""
-    [line] = process.stderr.splitlines()
+    folder_of_run = f"hydra.run.dir={tmp_path / 'run'}"
+    line = only_line(REPOSITORY, 1, somewhere, "num_rounds=1", folder_of_run)
     assert line.startswith("error: Ray could not start: ")
     assert reason in line and "RAY_TMPDIR" in line

@@ -22,7 +22,7 @@ from flwr_datasets.partitioner import (
 from numpy.typing import NDArray
 
 from gwpf_baseline.data.task import TaskData
-from gwpf_baseline.utils import ConfigError, derive_seed
+from gwpf_baseline.utils import ConfigError, derive_seed, is_number, is_whole
 
 PARTITIONS = ("iid", "dirichlet", "pathological", "natural_id")
 
@@ -76,7 +76,7 @@ def _partitioner(
 ) -> Partitioner:
     """Check the configuration and choose Flower's partitioner for it."""
     rows = len(data.strata)
-    if not (isinstance(num_clients, int) and 1 <= num_clients <= rows):
+    if not (is_whole(num_clients, 1) and num_clients <= rows):
         allowed = f"a whole number from 1 to {rows}, the number of training examples"
         raise ConfigError("num_clients", num_clients, allowed)
     match cfg["name"]:
@@ -84,7 +84,7 @@ def _partitioner(
             return IidPartitioner(num_clients)
         case "dirichlet":
             alpha = cfg["alpha"]
-            if not (isinstance(alpha, int | float) and 0 < alpha < math.inf):
+            if not (is_number(alpha) and 0 < alpha < math.inf):
                 raise ConfigError("partition.alpha", alpha, "a number > 0")
             # Empty clients are mended afterwards: redrawing until there are none, the
             # partitioner's way, hardly ever ends for a small alpha.
@@ -94,7 +94,7 @@ def _partitioner(
         case "pathological":
             count = cfg["classes_per_client"]
             classes = len(np.unique(data.strata))
-            if not (isinstance(count, int) and 1 <= count <= classes):
+            if not (is_whole(count, 1) and count <= classes):
                 allowed = f"a whole number from 1 to {classes}, the number of classes"
                 raise ConfigError("partition.classes_per_client", count, allowed)
             return PathologicalPartitioner(

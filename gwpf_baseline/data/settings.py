@@ -75,7 +75,7 @@ class ImageSettings(TableSettings):
         """Check the values."""
         super().__post_init__()
         size = self.image_size
-        if size is not None and not (is_whole(size) and 0 < size <= MOST_PIXELS):
+        if size is not None and not (is_whole(size, 1) and size <= MOST_PIXELS):
             allowed = f"a whole number from 1 to {MOST_PIXELS}, or null"
             raise ConfigError("dataset.image_size", size, allowed)
 
@@ -90,7 +90,7 @@ class AudioSettings(TableSettings):
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        if not (_is_whole(self.features) and self.features <= MEL_BANDS):
+        if not (is_whole(self.features, 1) and self.features <= MEL_BANDS):
             allowed = f"a whole number from 1 to {MEL_BANDS}"
             raise ConfigError("dataset.features", self.features, allowed)
 
@@ -106,16 +106,12 @@ class TextSettings(Settings):
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.vocabulary is not None and not _is_whole(self.vocabulary):
+        if self.vocabulary is not None and not is_whole(self.vocabulary, 1):
             allowed = "a whole number > 0, or null for all words"
             raise ConfigError("dataset.vocabulary", self.vocabulary, allowed)
-        if not _is_whole(self.sequence_length):
+        if not is_whole(self.sequence_length, 1):
             allowed = "a whole number > 0"
             raise ConfigError("dataset.sequence_length", self.sequence_length, allowed)
-
-
-def _is_whole(value: object) -> bool:
-    return is_whole(value) and value > 0  # type: ignore[operator]
 
 
 SOURCES: dict[str, type[Settings]] = {

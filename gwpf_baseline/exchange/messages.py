@@ -65,7 +65,7 @@ class ClientRecord:
             They are no whole numbers up to that.
         """
         for number, least in ((self.version, -1), (self.used, 0)):
-            if not is_whole(number) or not least <= number <= last:
+            if not is_whole(number, least) or number > last:
                 raise ValueError(f"an exchange {number!r} of {last}")
 
 

@@ -91,7 +91,7 @@ class Network:
         if not is_number(self.latency_ms) or not 0 <= self.latency_ms < _LARGEST:
             raise ConfigError("network.latency_ms", self.latency_ms, "a number >= 0")
         size = self.overhead_bytes
-        if not is_whole(size) or not 0 <= size < _LARGEST:
+        if not is_whole(size, 0) or not size < _LARGEST:
             raise ConfigError("network.overhead_bytes", size, "a whole number >= 0")
         if not is_number(self.spread) or not 0 <= self.spread <= _WIDEST:
             raise ConfigError("network.spread", self.spread, f"in [0, {_WIDEST}]")

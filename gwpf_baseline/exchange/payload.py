@@ -266,6 +266,8 @@ class Reader:
 
 def is_finite(values: np.ndarray) -> bool:
     """Tell whether no number of an array is NaN or infinite."""
+    if values.dtype.kind != "f":
+        return True
     # A sum in float64 is finite exactly if every value is: one pass, no mask.
     with np.errstate(invalid="ignore"):
         return bool(np.isfinite(np.sum(values, dtype=np.float64)))

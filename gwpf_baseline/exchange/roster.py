@@ -228,22 +228,22 @@ class Roster:
             Not two whole numbers from 0 on for clients that there are.
         """
         for client, values in state.items():
-            self.check(int(client))
             strikes, rests_until = map(int, values)
             if min(strikes, rests_until) < 0:
                 raise ValueError(f"a standing of {values}")
-            self._standings[int(client)] = Standing(strikes, rests_until)
+            self._standings[self.check(int(client))] = Standing(strikes, rests_until)
 
-    def check(self, client: object) -> None:
-        """Check that something is the partition id of a client.
+    def check(self, client: object) -> int:
+        """Return a client's partition id, if it is one.
 
         Raises
         ------
         ValueError
             It is not a whole number from 0 to ``num_clients - 1``.
         """
-        if not is_whole(client) or not 0 <= client < self.num_clients:
+        if not is_whole(client, 0) or client >= self.num_clients:
             raise ValueError(f"{client!r} is no partition")
+        return client
 
     def _rests_until(self, client: int) -> int:
         return self._standings.get(client, Standing()).rests_until
@@ -344,7 +344,7 @@ class Roster:
             log.warning("node %s gave no answer: %s", proxy.cid, one_line(error))
             return None
         try:
-            self.check(partition)
+            return self.check(partition)
         except ValueError:
             log.warning(
                 "node %s claims partition %s, there are 0 to %d: left out",
@@ -353,5 +353,3 @@ class Roster:
                 self.num_clients - 1,
             )
             return None
-        assert isinstance(partition, int)
-        return partition

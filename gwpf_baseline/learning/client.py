@@ -310,7 +310,7 @@ class SyncClient(MethodClient, NumPyClient):
 
 def _whole_number(config: dict[str, Scalar], key: str, least: int) -> int:
     number = config.get(key, least)
-    if not is_whole(number) or number < least:
+    if not is_whole(number, least):
         raise WireError(f"{key} {one_line(number)}: a whole number from {least} on")
     return number
 

@@ -143,6 +143,11 @@ def values_per_layer(
     return [int(np.count_nonzero(mask[span])) for span, _ in spans]
 
 
+def _named_sent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    names = model.state_dict().keys()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in names]
+
+
 def sent_buffers(model: nn.Module) -> list[torch.Tensor]:
     """Return the buffers that are exchanged: those of the state dict.
 
@@ -157,8 +162,7 @@ def sent_buffers(model: nn.Module) -> list[torch.Tensor]:
         In ``named_buffers()`` order. What is registered as not persistent can be
         rebuilt, and need not travel.
     """
-    names = model.state_dict().keys()
-    return [buffer for name, buffer in model.named_buffers() if name in names]
+    return [buffer for _, buffer in _named_sent_buffers(model)]
 
 
 def least_buffers(model: nn.Module) -> FloatVector:
@@ -175,23 +179,12 @@ def least_buffers(model: nn.Module) -> FloatVector:
         float32 ``(b,)`` in the order of :func:`sent_buffers`: 0 for variances, which
         normalisation takes the root of, and for counters; else minus infinity.
     """
-    sent = {id(buffer) for buffer in sent_buffers(model)}
-    return np.concatenate(
-        [np.zeros(0, np.float32)]
-        + [
-            np.full(
-                buffer.numel(),
-                (
-                    0
-                    if name.endswith("running_var") or not buffer.is_floating_point()
-                    else -np.inf
-                ),
-                np.float32,
-            )
-            for name, buffer in model.named_buffers()
-            if id(buffer) in sent
-        ]
-    )
+    parts = [np.zeros(0, np.float32)]
+    for name, buffer in _named_sent_buffers(model):
+        signed = buffer.is_floating_point() and not name.endswith("running_var")
+        least = -np.inf if signed else 0.0
+        parts.append(np.full(buffer.numel(), least, np.float32))
+    return np.concatenate(parts)
 
 
 def buffers_to_vector(model: nn.Module) -> torch.Tensor:

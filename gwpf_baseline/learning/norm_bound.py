@@ -37,7 +37,7 @@ def check_multiple(multiple: object) -> None:
     ConfigError
         It is something else.
     """
-    number = is_number(multiple) and 1 <= multiple < math.inf  # type: ignore[operator]
+    number = is_number(multiple) and 1 <= multiple < math.inf
     if multiple is not None and not number:
         raise ConfigError("norm_bound", multiple, "a number >= 1, or null for no bound")
 
@@ -115,7 +115,7 @@ class NormBound:
             )
 
     def longest(self, lengths: Sequence[float]) -> float:
-        """Return how long an exchange's updates may be.
+        """Return how long an exchange's updates may be, and remember its norms.
 
         Parameters
         ----------

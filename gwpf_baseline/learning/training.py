@@ -14,7 +14,7 @@ from torch.optim.sgd import sgd
 
 from gwpf_baseline.data.task import TaskData, prepare
 from gwpf_baseline.learning.flat_model import FlatModel
-from gwpf_baseline.utils import ConfigError, derive_seed, is_number
+from gwpf_baseline.utils import ConfigError, derive_seed, is_number, is_whole
 
 OPTIMIZERS = ("sgd", "adam")
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -72,7 +72,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         """Check every value."""
         for key in ("local_steps", "batch_size"):
-            if not _at_least_one(getattr(self, key)):
+            if not is_whole(getattr(self, key), 1):
                 raise ConfigError(key, getattr(self, key), "a whole number >= 1")
         for key in ("local_epochs", "lr", "grad_clip"):
             value = getattr(self, key)
@@ -80,7 +80,7 @@ class TrainingConfig:
             if not optional and not _between(value, sys.float_info.min, math.inf):
                 raise ConfigError(key, value, "a number > 0")
         if not isinstance(self.lr_milestones, Sequence) or not all(
-            map(_at_least_one, self.lr_milestones)
+            is_whole(milestone, 1) for milestone in self.lr_milestones
         ):
             raise ConfigError(
                 "lr_milestones", self.lr_milestones, "a list of rounds, as in [20,30]"
@@ -112,12 +112,8 @@ class TrainingConfig:
         return self.lr * self.lr_decay**passed
 
 
-def _at_least_one(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
 def _between(value: object, low: float, high: float) -> bool:
-    return is_number(value) and low <= value < high  # type: ignore[operator]
+    return is_number(value) and low <= value < high
 
 
 class Batches:

@@ -35,6 +35,7 @@ from gwpf_baseline.utils import (
     FloatVector,
     derive_seed,
     is_number,
+    is_whole,
 )
 
 # Checks for which `fixed` freezes (section VII-E).
@@ -92,8 +93,7 @@ class APFConfig:
                 raise ConfigError(
                     f"method.{key}", getattr(self, key), f"one of {', '.join(choices)}"
                 )
-        whole = isinstance(self.check_every, int) and is_number(self.check_every)
-        if not whole or self.check_every < 1:
+        if not is_whole(self.check_every, 1):
             raise ConfigError(
                 "method.check_every", self.check_every, "a whole number >= 1"
             )

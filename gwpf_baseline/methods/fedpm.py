@@ -40,6 +40,7 @@ from gwpf_baseline.utils import (
     FloatVector,
     derive_seed,
     is_number,
+    is_whole,
 )
 
 # What the counts of ones, uint16, can hold.
@@ -89,8 +90,7 @@ class FedPMConfig:
             raise ConfigError("method.initial_probability", initial, "in (0, 1)")
         if not is_number(self.prior) or not 1 <= self.prior < math.inf:
             raise ConfigError("method.prior", self.prior, "a number >= 1")
-        whole = isinstance(self.reset_every, int) and is_number(self.reset_every)
-        if not whole or self.reset_every < 1:
+        if not is_whole(self.reset_every, 1):
             raise ConfigError(
                 "method.reset_every", self.reset_every, "a whole number >= 1"
             )

@@ -279,7 +279,7 @@ class GWPFStrategy(SyncStrategy[GWPFUpload]):
             config.threshold_floor,
         )
         self.asked = self.mask
-        self.sent = 0
+        self.count = self.sent = 0
         self.value_sum = torch.zeros(0)
         self.vote_counts = np.zeros(0, np.uint16)
         self.voters = 0
@@ -287,14 +287,13 @@ class GWPFStrategy(SyncStrategy[GWPFUpload]):
     def begin_exchange(self) -> None:
         """Ask for the active coordinates, in a follow-up for those just thawed."""
         self.asked = self.thawed if self.follow_up else self.mask
-        count = int(np.count_nonzero(self.asked.numpy()))
-        self.sent = count + (self.sent if self.follow_up else 0)
+        self.count = int(np.count_nonzero(self.asked.numpy()))
+        self.sent = self.count + (self.sent if self.follow_up else 0)
 
     def reset_sums(self) -> None:
         """Start the sums and counts afresh."""
-        count = int(np.count_nonzero(self.asked.numpy()))
-        self.value_sum = torch.zeros(count)
-        self.vote_counts = np.zeros(self.dimension - count, np.uint16)
+        self.value_sum = torch.zeros(self.count)
+        self.vote_counts = np.zeros(self.dimension - self.count, np.uint16)
         self.voters = 0
 
     def request(self) -> BoolVector:

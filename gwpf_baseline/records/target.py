@@ -68,7 +68,7 @@ def check_target(key: str, target: object, metric: str) -> None:
     ConfigError
         Not an accuracy in (0, 1], or not a finite perplexity of at least 1.
     """
-    number = float(target) if is_number(target) else math.nan  # type: ignore[arg-type]
+    number = float(target) if is_number(target) else math.nan
     if metric == "accuracy" and not 0 < number <= 1:
         raise ConfigError(key, target, "an accuracy in (0, 1]")
     if metric == "perplexity" and not 1 <= number < math.inf:

@@ -196,7 +196,7 @@ def _check(made: Any) -> None:
 
 def _is_within(value: Any, least: int, most: float = math.inf) -> bool:
     """Tell whether a value is a whole number, and in its range."""
-    return is_whole(value) and least <= value <= most
+    return is_whole(value, least) and value <= most
 
 
 def _least_bytes(weights: int) -> int:
