@@ -1,4 +1,4 @@
-"""The Flower ClientApp: for the simulation, ``flwr run`` and SuperNodes."""
+"""The Flower ClientApp, for ``flwr run`` and SuperNodes, and what builds a client."""
 
 import copy
 import functools
@@ -10,7 +10,7 @@ import torch
 from flwr.client import Client
 from flwr.clientapp import ClientApp
 from flwr.common import Context
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from gwpf_baseline.config import (
     Workbench,
@@ -95,34 +95,6 @@ def _flat_model(
     initial = parameters_to_vector(model)
     # A copy: the model is the process's only record of the initial weights.
     return FlatModel(copy.deepcopy(model), pick_device(num_gpus)), initial
-
-
-def simulated_client_app(cfg: DictConfig, folder: str) -> ClientApp:
-    """Return a ClientApp that carries its configuration with it.
-
-    Parameters
-    ----------
-    cfg : DictConfig
-        A checked configuration.
-    folder : str
-        The run's folder.
-
-    Returns
-    -------
-    ClientApp
-        For ``flwr.simulation.run_simulation``, which has no run configuration.
-    """
-    text = json.dumps(OmegaConf.to_container(cfg))
-    return ClientApp(client_fn=functools.partial(_from_text, text, folder))
-
-
-def _from_text(text: str, folder: str, context: Context) -> Client:
-    return make_client(_parsed(text), context, folder).to_client()
-
-
-@functools.lru_cache(maxsize=1)
-def _parsed(text: str) -> DictConfig:
-    return OmegaConf.create(json.loads(text))
 
 
 def client_fn(context: Context) -> Client:

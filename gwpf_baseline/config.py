@@ -37,6 +37,7 @@ BACKENDS = ("ray", "local")
 # Not the CPUs of this machine: results depend on it, and have to be repeated on others.
 _MOST_THREADS = 256
 _BUILDING = threading.Lock()
+_ADDRESS = re.compile(r"local|auto|[\w.\[\]:-]+:\d{1,5}")
 # What may change when a run is resumed: nothing that its history depends on.
 RESUMABLE = {
     "resume",
@@ -50,6 +51,8 @@ RESUMABLE = {
     "round_timeout",
     "max_empty_rounds",
     "backend",
+    "ray",
+    "ray.address",
     "verbose",
 }
 
@@ -226,6 +229,10 @@ def checked(cfg: DictConfig) -> DictConfig:
     check_multiple(cfg.norm_bound)
     if cfg.backend not in BACKENDS:
         raise ConfigError("backend", cfg.backend, f"one of {', '.join(BACKENDS)}")
+    address = cfg.ray.address
+    if not isinstance(address, str) or not _ADDRESS.fullmatch(address):
+        allowed = "local, auto, or the host:port of a Ray cluster's head"
+        raise ConfigError("ray.address", address, allowed)
     source = cfg.dataset.get("source")
     if cfg.stop_at is not None and source in SOURCES:
         check_target("stop_at", cfg.stop_at, SOURCES[source].metric)

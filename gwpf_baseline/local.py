@@ -38,31 +38,23 @@ from gwpf_baseline.strategy import Callback, SyncStrategy
 _ONE_AT_A_TIME = threading.Lock()
 
 
-class LocalNode(ClientProxy):
-    """A node whose client runs here.
+class SimulatedNode(ClientProxy):
+    """A node whose client's context is kept by who simulates it.
 
     As in Flower, the client is built anew for each message and only its context lives
-    on. The strategy sees what a network would bring: serialised ``Parameters``.
+    on.
 
     Parameters
     ----------
     partition : int
         The partition that the node serves.
-    build : callable
-        Builds the client from a Flower context.
     cid : str, optional
         Flower's id of the node; default: from the partition.
     """
 
-    def __init__(
-        self,
-        partition: int,
-        build: Callable[[Context], SyncClient],
-        cid: str | None = None,
-    ) -> None:
+    def __init__(self, partition: int, cid: str | None = None) -> None:
         super().__init__(cid or f"node-{partition}")
         self.partition = partition
-        self.build = build
         self.forget()
 
     def forget(self) -> None:
@@ -74,6 +66,47 @@ class LocalNode(ClientProxy):
             state=RecordDict(),
             run_config={},
         )
+
+    def get_parameters(
+        self, ins: GetParametersIns, timeout: float | None, group_id: int | None
+    ) -> GetParametersRes:
+        """Refuse: no method asks for this."""
+        raise NotImplementedError
+
+    def evaluate(
+        self, ins: EvaluateIns, timeout: float | None, group_id: int | None
+    ) -> EvaluateRes:
+        """Refuse: no method asks for this."""
+        raise NotImplementedError
+
+    def reconnect(
+        self, ins: ReconnectIns, timeout: float | None, group_id: int | None
+    ) -> DisconnectRes:
+        """Refuse: no method asks for this."""
+        raise NotImplementedError
+
+
+class LocalNode(SimulatedNode):
+    """A node whose client runs here.
+
+    The strategy sees what a network would bring: serialised ``Parameters``.
+
+    Parameters
+    ----------
+    partition, cid : object
+        As of :class:`SimulatedNode`.
+    build : callable
+        Builds the client from a Flower context.
+    """
+
+    def __init__(
+        self,
+        partition: int,
+        build: Callable[[Context], SyncClient],
+        cid: str | None = None,
+    ) -> None:
+        super().__init__(partition, cid)
+        self.build = build
 
     def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
         """Let the client answer a message."""
@@ -93,24 +126,6 @@ class LocalNode(ClientProxy):
         # Python 3.11 parses source, as libraries do, in one thread at a time only.
         with _ONE_AT_A_TIME:
             return self.build(self.context).to_client().get_properties(ins)
-
-    def get_parameters(
-        self, ins: GetParametersIns, timeout: float | None, group_id: int | None
-    ) -> GetParametersRes:
-        """Refuse: no method asks for this."""
-        raise NotImplementedError
-
-    def evaluate(
-        self, ins: EvaluateIns, timeout: float | None, group_id: int | None
-    ) -> EvaluateRes:
-        """Refuse: no method asks for this."""
-        raise NotImplementedError
-
-    def reconnect(
-        self, ins: ReconnectIns, timeout: float | None, group_id: int | None
-    ) -> DisconnectRes:
-        """Refuse: no method asks for this."""
-        raise NotImplementedError
 
 
 class LocalFederation:

@@ -7,16 +7,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-from flwr.common import Context
-from flwr.server.superlink.fleet.vce.backend.raybackend import RayBackend
-from flwr.serverapp import Grid, ServerApp
-from flwr.simulation import run_simulation
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.logging import RichHandler
 
-from gwpf_baseline.client_app import simulated_client_app
 from gwpf_baseline.config import (
     as_config_error,
     checked,
@@ -25,12 +20,12 @@ from gwpf_baseline.config import (
     workbench,
 )
 from gwpf_baseline.local import in_process
-from gwpf_baseline.server_app import check_resume, on_grid, run_server
+from gwpf_baseline.server_app import check_resume, run_server
 from gwpf_baseline.utils import ConfigError, RunError
 
 
 def run_experiment(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:
-    """Run one experiment, on Flower's Ray simulation or in this process.
+    """Run one experiment, on Ray or in this process.
 
     Parameters
     ----------
@@ -50,60 +45,20 @@ def run_experiment(cfg: DictConfig, folder: Path, console: Console) -> dict[str,
     ------
     ConfigError
         Data, model and partition that are not there or do not fit, before Ray starts.
-    SystemExit
+    RunError
         Ray could not start.
     """
     check_resume(cfg)
     workbench(cfg)
     if cfg.backend == "local":
-        return run_server(cfg, in_process(cfg, folder), folder, console)
-    summary: dict[str, Any] = {}
-    server_app = ServerApp()
+        play = in_process(cfg, folder)
+    else:
+        # Ray takes a second to import.
+        # pylint: disable-next=import-outside-toplevel
+        from gwpf_baseline.simulation import on_ray
 
-    @server_app.main()
-    def _(grid: Grid, context: Context) -> None:
-        del context
-        summary.update(run_server(cfg, on_grid(grid), folder, console))
-
-    level = logging.INFO if cfg.verbose else logging.ERROR
-    backend_config = {
-        # A Ray of its own: another one on this machine may be stale, or a cluster whose
-        # other nodes do not have the run's folder.
-        "init_args": {
-            "address": "local",
-            "logging_level": level,
-            "log_to_driver": cfg.verbose,
-        },
-        "client_resources": {
-            "num_cpus": cfg.client_resources.num_cpus,
-            "num_gpus": cfg.client_resources.num_gpus,
-        },
-    }
-    _start_ray(backend_config)
-    run_simulation(
-        server_app=server_app,
-        client_app=simulated_client_app(cfg, str(folder)),
-        num_supernodes=cfg.num_clients,
-        backend_config=backend_config,
-        verbose_logging=cfg.verbose,
-    )
-    return summary
-
-
-def _start_ray(backend_config: dict[str, Any]) -> None:
-    # Ray would otherwise print a tip about what this does, at every start.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # The simulation takes a Ray that runs already. Left to start one, it starts the
-    # server first, which waits for ever for the clients of a Ray that could not start.
-    try:
-        RayBackend(backend_config)
-    # Whatever it is: where a process of its own dies, Ray raises a plain Exception.
-    except Exception as error:  # pylint: disable=broad-exception-caught
-        reason = str(error).partition("\n")[0].rstrip(".")
-        sys.exit(
-            f"error: Ray could not start: {reason}; "
-            "set RAY_TMPDIR to a short path to a writable folder with room"
-        )
+        play = on_ray(cfg, folder)
+    return run_server(cfg, play, folder, console)
 
 
 def _set_up_logging(console: Console, verbose: bool) -> None:

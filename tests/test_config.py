@@ -377,7 +377,7 @@ def test_flowers_run_configuration_has_the_keys_of_ours() -> None:
     ours = OmegaConf.load(config_dir() / "config.yaml")
     groups = [key for entry in ours.defaults if entry != "_self_" for key in entry]
     # What a simulation alone has use for.
-    others = ["client_resources", "hydra", "defaults", "backend"]
+    others = ["ray", "client_resources", "hydra", "defaults", "backend"]
     assert [*groups, *(key for key in ours if key not in others)] == list(keys)
     assert set(others) < set(ours)
     for group in ("quantization", "network"):

@@ -1,4 +1,4 @@
-"""The engine: real data through Flower's Ray simulation, as a user starts it."""
+"""The engine: real data through Ray, as a user starts it."""
 
 import csv
 import json
@@ -14,6 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import (
+    REPOSITORY,
+    SMALL,
+    TIMES,
+    model_bytes,
+    rounds_done,
+    rows_without_seconds,
+    run,
+    start,
+)
 from federation import configured
 from PIL import Image
 from pyarrow.parquet import read_table, write_table
@@ -31,45 +41,8 @@ from gwpf_baseline.methods import method_files
 from gwpf_baseline.methods.shared.network_file import load_network
 from gwpf_baseline.records.history import COLUMNS, RoundRecord, read_history
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-# Small, and yet every mechanism takes part: sampled clients that miss rounds, momentum
-# that outlives them, evaluation only now and then.
-SMALL = [
-    "num_rounds=12",
-    "num_clients=5",
-    "fraction_fit=0.6",
-    "eval_every=5",
-    "momentum=0.9",
-    "persist_optimizer=true",
-    "lr=0.01",
-    "seed=7",
-]
 # Every method as it can be chosen, and so every one that is still to come.
 VARIANTS = sorted(file.stem for file in config_dir().glob("method/*.yaml"))
-TIMES = (
-    *("seconds", "compute_seconds", "modelled_seconds"),
-    *("slowest_client_seconds", "median_client_seconds"),
-)
-
-
-def start(*overrides: str) -> "subprocess.Popen[str]":
-    """Start the command line in a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "gwpf_baseline.main", *overrides],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def run(*overrides: str) -> str:
-    """Run the command line to its end and return what it printed."""
-    process = start(*overrides)
-    output, _ = process.communicate(timeout=800)
-    assert process.returncode == 0, output
-    return output
 
 
 def write_report(*runs: Path, target: float, output: Path) -> str:
@@ -86,20 +59,6 @@ def write_report(*runs: Path, target: float, output: Path) -> str:
     )
     assert result.returncode == 0, result.stdout
     return result.stdout
-
-
-def rows_without_seconds(folder: Path) -> list[list[str]]:
-    """Return the text of history.csv but for the columns that are measured times."""
-    with open(folder / "history.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))
-    kept = [k for k, name in enumerate(rows[0]) if name not in TIMES]
-    assert len(kept) == len(rows[0]) - len(TIMES)
-    return [[row[k] for k in kept] for row in rows]
-
-
-def model_bytes(folder: Path) -> bytes:
-    """Return the final model's file."""
-    return (folder / "model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -308,14 +267,6 @@ def test_a_run_ends_where_it_is_told_to_and_can_be_reported(tmp_path: Path) -> N
     assert "fedavg" in output and str(last.round) in output
     with open(report / "report.csv", newline="", encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == 1
-
-
-def rounds_done(folder: Path) -> int:
-    """Return how many rounds a run has recorded."""
-    try:
-        return len(read_history(folder))
-    except (OSError, ValueError):
-        return 0
 
 
 def test_a_wrong_command_line_ends_in_one_line() -> None:

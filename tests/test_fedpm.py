@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from federation import Federation, configured, size, small
+from flwr.common import FitRes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
@@ -18,7 +20,13 @@ from gwpf_baseline.callbacks import Evaluation
 from gwpf_baseline.config import compose_config, workbench
 from gwpf_baseline.exchange.coding import WireError, encode_bitmap
 from gwpf_baseline.exchange.header import Header, Kind
-from gwpf_baseline.exchange.payload import Reader, Writer
+from gwpf_baseline.exchange.payload import (
+    Part,
+    Reader,
+    Writer,
+    from_parameters,
+    to_parameters,
+)
 from gwpf_baseline.exchange.quantization import Quantization
 from gwpf_baseline.learning.flat_model import (
     FlatModel,
@@ -31,6 +39,7 @@ from gwpf_baseline.methods.fedpm import (
     FedPMConfig,
     FedPMStrategy,
     adapt,
+    agreement,
     posterior_mode,
     sample_mask,
 )
@@ -511,3 +520,45 @@ def test_statistics_are_in_the_file(tmp_path: Path) -> None:
     with torch.no_grad():
         answers = network(inputs)
         assert torch.equal(answers, model.eval()(inputs)) and answers.any()
+
+
+def test_agreement_is_what_it_says() -> None:
+    """By the slow sum; and a turned mask is as far against as the mask is for."""
+    rng = np.random.default_rng(0)
+    probabilities = rng.beta(0.5, 0.5, 3000).astype(np.float32)
+    mask = sample_mask(probabilities, 1)
+    leaning = probabilities.astype(float) - probabilities.astype(float).mean()
+    summed = sum(
+        lean * (1 if bit else -1) for lean, bit in zip(leaning, mask, strict=True)
+    )
+    expected = summed / np.sqrt(sum(leaning**2))
+    assert agreement(mask, probabilities) == pytest.approx(expected)
+    assert agreement(~mask, probabilities) == pytest.approx(-expected)
+    coins = [agreement(rng.random(3000) < 0.5, probabilities) for _ in range(500)]
+    assert abs(np.mean(coins)) < 0.2 and 0.9 < np.std(coins) < 1.1
+    assert agreement(mask, np.full(3000, 0.3, np.float32)) == 0
+
+
+def test_a_turned_mask_is_refused_and_no_honest_one() -> None:
+    """From the second exchange on: in the first all probabilities are the same."""
+    training = TrainingConfig(local_steps=2, batch_size=8, optimizer="adam", lr=0.3)
+    federation = small([40, 60, 50, 30], training, "fedpm")
+    server = federation.strategy
+
+    def turn(answer: FitRes) -> FitRes:
+        reader = Reader(
+            from_parameters(answer.parameters), server.name, server.dimension
+        )
+        writer = Writer(reader.header)
+        mask = reader.bitmap(server.dimension, server.expected, Part.VALUES)
+        writer.bitmap(~mask, server.expected, Part.VALUES)
+        writer.vector(reader.vector(server.buffers.numel(), part=Part.BUFFERS))
+        reader.finish()
+        return replace(answer, parameters=to_parameters(writer.payload()))
+
+    assert federation.play(6).failures == 0
+    federation.nodes[0].tamper = turn
+    record = federation.play()
+    assert (record.clients, record.failures) == (3, 1)
+    server.update_bound.multiple = None
+    assert federation.play().failures == 0

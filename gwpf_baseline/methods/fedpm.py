@@ -45,6 +45,8 @@ from gwpf_baseline.utils import (
 
 # What the counts of ones, uint16, can hold.
 _MOST_MASKS = 2**16 - 1
+# Standard deviations: no mask of fair coins is that much against the global one.
+_MOST_AGAINST = 6
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,30 @@ def sample_mask(probabilities: FloatVector, seed: int) -> BoolVector:
     return rng.random(probabilities.size, np.float32) < probabilities
 
 
+def agreement(mask: BoolVector, probabilities: FloatVector) -> float:
+    """Return how much a mask leans the way that the probabilities lean.
+
+    Parameters
+    ----------
+    mask : numpy.ndarray
+        bool ``(d,)``.
+    probabilities : numpy.ndarray
+        float32 ``(d,)``, theta.
+
+    Returns
+    -------
+    float
+        The sum of ``(theta - mean theta) (2 mask - 1)``, in standard deviations of what
+        it is for a mask of fair coins; 0 where all theta are the same.
+    """
+    leaning = probabilities - probabilities.mean(dtype=np.float64)
+    spread = math.sqrt(np.square(leaning).sum())
+    if spread < 1e-6 * math.sqrt(mask.size):
+        return 0.0
+    # The leanings of all add up to 0.
+    return float(2 * leaning[mask].sum() / spread)
+
+
 # ---- the server's half --------------------------------------------------------------
 
 
@@ -245,8 +271,20 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
         writer.vector(np.searchsorted(table, values).astype(dtype))
 
     def read_upload(self, reader: Reader) -> BoolVector:
-        """Take one client's mask."""
-        return reader.bitmap(self.dimension, self.expected, Part.VALUES)
+        """Take one client's mask.
+
+        Raises
+        ------
+        WireError
+            It contradicts what was learned before. A mask has no length that could be
+            bounded, but an honest one was drawn from the global probabilities, trained
+            on: it leans their way, as a turned one cannot.
+        """
+        mask = reader.bitmap(self.dimension, self.expected, Part.VALUES)
+        against = -agreement(mask, self.weights.sigmoid().numpy())
+        if self.update_bound.multiple is not None and against > _MOST_AGAINST:
+            raise WireError(f"a mask against all others, by {against:.3g} deviations")
+        return mask
 
     def add_upload(self, upload: BoolVector, weight: float) -> None:
         """Count one client's ones."""

@@ -1,0 +1,328 @@
+"""A federation on Ray: workers that play clients, and hold what these keep.
+
+Server, strategy and proxies are Flower's. Its own simulation runtime, which ``flwr
+run`` uses, stands between them elsewhere: it looks for messages ten times a second
+(flwrlabs/flower#3369), takes each client's state through the server's process twice a
+round, and goes on asking a worker that has died. Histories are the same to the bit.
+"""
+
+import functools
+import json
+import logging
+import os
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import ray
+from flwr.common import (
+    Code,
+    Context,
+    FitIns,
+    FitRes,
+    GetPropertiesIns,
+    GetPropertiesRes,
+    Status,
+)
+from flwr.server import Server, ServerConfig
+from omegaconf import DictConfig, OmegaConf
+from ray.exceptions import RayActorError
+
+from gwpf_baseline.client_app import make_client
+from gwpf_baseline.config import workbench
+from gwpf_baseline.local import SimulatedNode
+from gwpf_baseline.server_app import Play
+from gwpf_baseline.utils import ConfigError, RunError, one_line
+
+log = logging.getLogger(__name__)
+
+# Messages on their way for each worker: while it answers one, the next is ready.
+_DEPTH = 2
+
+
+class Worker:
+    """Plays clients, one at a time, in a process of Ray's; outlives a run."""
+
+    def __init__(self) -> None:
+        self.cfg = DictConfig({})
+        self.folder = ""
+        self.contexts: dict[int, Context] = {}
+
+    def begin(self, text: str, folder: str) -> None:
+        """Begin a run.
+
+        Parameters
+        ----------
+        text : str
+            A checked configuration as JSON.
+        folder : str
+            The run's folder.
+        """
+        self.cfg = OmegaConf.create(json.loads(text))
+        self.folder = folder
+        self.contexts.clear()
+        # While the server still prepares the first round.
+        workbench(self.cfg)
+
+    def answer(
+        self, client: int, question: str, ins: Any, context: Context | None = None
+    ) -> Any:
+        """Let a client answer a message.
+
+        Parameters
+        ----------
+        client : int
+            Its partition id.
+        question : str
+            The method of Flower's ``Client`` that answers.
+        ins : FitIns or GetPropertiesIns
+            The message.
+        context : Context, optional
+            What the client keeps, if this worker does not hold it yet.
+
+        Returns
+        -------
+        FitRes or GetPropertiesRes
+            The answer.
+        """
+        if context is not None:
+            self.contexts[client] = context
+        made = make_client(self.cfg, self.contexts[client], self.folder)
+        return getattr(made.to_client(), question)(ins)
+
+    @ray.method(concurrency_group="moves")
+    def give(self, client: int) -> Context:
+        """Give away what a client keeps, also while another one is played."""
+        return self.contexts.pop(client)
+
+
+class Pool:
+    """The workers, of which those that a client is known to are preferred for it.
+
+    Parameters
+    ----------
+    num_cpus : int
+        Of one worker.
+    num_gpus : float
+        Of one worker; less than 1 shares one.
+    """
+
+    def __init__(self, num_cpus: int, num_gpus: float) -> None:
+        self.resources = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+        options: dict[str, Any] = {"concurrency_groups": {"moves": 1}, **self.resources}
+        self._actor: Any = ray.remote(**options)(Worker)
+        # Reentrant: what is done already is called back at once.
+        self._lock = threading.RLock()
+        self._free: list[Any] = []
+        self._waiting: list[tuple[Any, Future[Any]]] = []
+        self._begun: tuple[str, str] = ("", "")
+        self.workers: list[Any] = []
+
+    def begin(self, text: str, folder: str) -> None:
+        """Begin a run, with as many workers as there is room for; see `Worker.begin`.
+
+        Raises
+        ------
+        ConfigError
+            There is no room for a single one.
+        """
+        with self._lock:
+            self._begun = (text, folder)
+            for worker in self.workers:
+                worker.begin.remote(*self._begun)
+            self._fill()
+            if not self.workers:
+                given = ", ".join(f"{key}={n}" for key, n in self.resources.items())
+                allowed = "what a machine that Ray runs on has"
+                raise ConfigError("client_resources", given, allowed)
+
+    def take(self, held_by: Any) -> Any:
+        """Wait for a worker, preferably a certain one.
+
+        Raises
+        ------
+        RunError
+            There is none left.
+        """
+        turn: Future[Any] = Future()
+        with self._lock:
+            if held_by in self._free:
+                self._free.remove(held_by)
+                return held_by
+            self._waiting.append((held_by, turn))
+            self._pass_on()
+        return turn.result()
+
+    def answered(self, worker: Any, answer: "Future[Any]") -> None:
+        """Take a worker back, or do without it if it has died."""
+        error = answer.exception()
+        with self._lock:
+            # It may as well be another one, that was to give a client away.
+            # pylint: disable-next=protected-access  # it has no other name
+            if getattr(error, "actor_id", None) == worker._actor_id.hex():
+                self._drop(worker, "has died, and with it what it held")
+                self._fill()
+            else:
+                self._free.append(worker)
+            self._pass_on()
+
+    def _drop(self, worker: Any, why: str) -> None:
+        log.warning("a worker of Ray %s", one_line(why))
+        self.workers.remove(worker)
+
+    def _pass_on(self) -> None:
+        """Give free workers to clients that they hold, or to any that wait."""
+        while self._free and self._waiting:
+            free = self._free.pop(0)
+            known = (n for n, (held, _) in enumerate(self._waiting) if held is free)
+            self._waiting.pop(next(known, 0))[1].set_result(free)
+        while self._waiting and not self.workers:
+            self._waiting.pop()[1].set_exception(RunError("no worker of Ray is left"))
+
+    def _fill(self) -> None:
+        """Start as many workers as there is room for."""
+        for _ in range(self._room() - len(self.workers)):
+            worker = self._actor.remote()
+            self.workers.append(worker)
+            # Where its machine is gone as well, it waits for another: nobody asks it
+            # anything before it is there.
+            begun = worker.begin.remote(*self._begun).future()
+            begun.add_done_callback(functools.partial(self._has_begun, worker))
+
+    def _has_begun(self, worker: Any, begun: "Future[Any]") -> None:
+        error = begun.exception()
+        with self._lock:
+            if error is None:
+                self._free.append(worker)
+            else:
+                # For example, because the data is not on its machine.
+                self._drop(worker, f"cannot take part: {error}")
+            self._pass_on()
+
+    def _room(self) -> int:
+        room = 0
+        for machine in ray.nodes():
+            there = machine["Resources"]
+            fits = there.get("CPU", 0) // self.resources["num_cpus"]
+            if self.resources["num_gpus"]:
+                fits = min(fits, there.get("GPU", 0) // self.resources["num_gpus"])
+            room += int(fits)
+        return room
+
+
+class RayNode(SimulatedNode):
+    """A node whose client is played by whichever worker is free.
+
+    Parameters
+    ----------
+    partition : int
+        The partition that the node serves.
+    pool : Pool
+        The workers.
+    """
+
+    def __init__(self, partition: int, pool: Pool) -> None:
+        super().__init__(partition)
+        self.pool = pool
+        self.held_by: Any = None
+
+    def forget(self) -> None:
+        """Lose all state, as a node does that is set up again."""
+        super().forget()
+        self.held_by = None
+
+    def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
+        """Let the client answer a message."""
+        result: FitRes = self._ask("fit", ins, timeout)
+        return result
+
+    def get_properties(
+        self, ins: GetPropertiesIns, timeout: float | None, group_id: int | None
+    ) -> GetPropertiesRes:
+        """Say who the client is; ask it only if it has to do something."""
+        if ins.config:
+            result: GetPropertiesRes = self._ask("get_properties", ins, timeout)
+            return result
+        return GetPropertiesRes(Status(Code.OK, ""), {"partition-id": self.partition})
+
+    def _ask(self, question: str, ins: Any, timeout: float | None) -> Any:
+        worker = self.pool.take(self.held_by)
+        moved = None if self.held_by else self.context
+        if self.held_by not in (None, worker):
+            moved = self.held_by.give.remote(self.partition)
+            # A message that waits for it would hold up what else is to be given away.
+            ray.wait([moved], timeout=timeout, fetch_local=False)
+        answer = worker.answer.remote(self.partition, question, ins, moved).future()
+        self.held_by = worker
+        # Whoever is not waited for any longer still keeps the worker busy.
+        answer.add_done_callback(functools.partial(self.pool.answered, worker))
+        try:
+            return answer.result(timeout)
+        except RayActorError:
+            # So the client is lost, and will say so.
+            self.forget()
+            raise
+
+
+# Workers outlive a run: those of a sweep import and load but once.
+_pool = functools.cache(Pool)
+
+
+def on_ray(cfg: DictConfig, folder: Path) -> Play:
+    """Return what plays the rounds of a configuration on Ray.
+
+    Parameters
+    ----------
+    cfg : DictConfig
+        A checked configuration.
+    folder : pathlib.Path
+        The run's folder, for the clients' parts of checkpoints.
+
+    Returns
+    -------
+    callable
+        For :func:`~gwpf_baseline.server_app.run_server`.
+
+    Raises
+    ------
+    RunError
+        Ray could not start.
+    ConfigError
+        No machine of it has what one client needs.
+    """
+    _start_ray(cfg)
+    pool = _pool(cfg.client_resources.num_cpus, cfg.client_resources.num_gpus)
+    pool.begin(json.dumps(OmegaConf.to_container(cfg)), str(folder))
+
+    def play(server: Server, config: ServerConfig) -> None:
+        for client in range(cfg.num_clients):
+            server.client_manager().register(RayNode(client, pool))
+        server.set_max_workers(_DEPTH * len(pool.workers))
+        server.fit(config.num_rounds, config.round_timeout)
+
+    return play
+
+
+def _start_ray(cfg: DictConfig) -> None:
+    """Start Ray, or join the cluster that is configured; once a process."""
+    if ray.is_initialized():
+        return
+    # Ray would otherwise print a tip about what this does, at every start.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    local = cfg.ray.address == "local"
+    try:
+        ray.init(
+            # By default one of its own: another one on this machine may be stale.
+            address=cfg.ray.address,
+            include_dashboard=False if local else None,
+            logging_level=logging.INFO if cfg.verbose else logging.ERROR,
+            log_to_driver=cfg.verbose,
+        )
+    # Whatever it is: where a process of its own dies, Ray raises a plain Exception.
+    except Exception as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        mend = "`ray start` on each machine, see README.md"
+        if local:
+            mend = "set RAY_TMPDIR to a short path to a writable folder with room"
+        raise RunError(f"Ray could not start: {reason}; {mend}") from error

@@ -1,0 +1,119 @@
+"""Ray: what becomes of a run whose workers die, hang, or are elsewhere."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from command_line import (
+    SMALL,
+    model_bytes,
+    rounds_done,
+    rows_without_seconds,
+    run,
+    start,
+)
+from ray.cluster_utils import Cluster
+
+from gwpf_baseline.records.history import read_history
+
+
+@pytest.fixture(name="reference", scope="module")
+def _reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run the small experiment without Ray."""
+    folder = tmp_path_factory.mktemp("reference")
+    run(*SMALL, "backend=local", f"hydra.run.dir={folder}")
+    return folder
+
+
+def workers_of(process: "subprocess.Popen[str]") -> list[int]:
+    """Return the processes of a run in which clients are played."""
+    listed = subprocess.run(
+        ["ps", "-eo", "pid=,pgid=,args="], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    found = []
+    for line in listed:
+        pid, group, args = line.split(None, 2)
+        if int(group) == process.pid and args.startswith("ray::Worker"):
+            found.append(int(pid))
+    return found
+
+
+def until_round(process: "subprocess.Popen[str]", folder: Path, number: int) -> None:
+    """Wait until a run has ended so many rounds."""
+    deadline = time.monotonic() + 200
+    while rounds_done(folder) < number:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def failures_of(folder: Path) -> list[int]:
+    """Return how many clients of each round failed."""
+    return [record.failures for record in read_history(folder)]
+
+
+def test_a_worker_that_dies_costs_a_round_of_what_it_held(tmp_path: Path) -> None:
+    """Its clients fail once, say that they are lost, and are played by another one."""
+    process = start(*SMALL, "num_rounds=40", f"hydra.run.dir={tmp_path}")
+    until_round(process, tmp_path, 3)
+    os.kill(workers_of(process)[0], signal.SIGKILL)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "a worker of Ray has died" in output
+    failures = failures_of(tmp_path)
+    # Each client that was held there says once that it is lost.
+    assert 0 < sum(failures) <= 10
+    assert not any(failures[:3] + failures[20:])
+
+
+def test_nobody_waits_for_answers_that_do_not_come(tmp_path: Path) -> None:
+    """A limit of a millisecond: each round is an empty one, and the run says so."""
+    limits = ["round_timeout=0.001", "max_empty_rounds=2"]
+    process = start(*SMALL, *limits, f"hydra.run.dir={tmp_path}")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert output.splitlines()[-1].startswith("error: ")
+    assert failures_of(tmp_path) == [3, 3]
+
+
+def test_runs_of_a_sweep_share_workers_and_nothing_else(
+    reference: Path, tmp_path: Path
+) -> None:
+    """The last of them comes to the history that it has alone."""
+    alone = [key for key in SMALL if not key.startswith("seed=")]
+    run("-m", *alone, "seed=8,7", f"hydra.sweep.dir={tmp_path}")
+    assert rows_without_seconds(tmp_path / "1") == rows_without_seconds(reference)
+    assert model_bytes(tmp_path / "1") == model_bytes(reference)
+    assert model_bytes(tmp_path / "0") != model_bytes(reference)
+
+
+@pytest.fixture(name="cluster")
+def _cluster() -> Iterator[Cluster]:
+    """Start a Ray cluster of two machines, both here, with a worker each."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    yield cluster
+    cluster.shutdown()
+
+
+def test_a_cluster_gives_the_same_history_and_outlives_a_machine(
+    cluster: Cluster, reference: Path, tmp_path: Path
+) -> None:
+    """With two machines to the bit; one of them may be switched off meanwhile."""
+    other = cluster.add_node(num_cpus=1)
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    there = f"ray.address='{cluster.address}'"
+    run(*SMALL, there, f"hydra.run.dir={whole}")
+    assert rows_without_seconds(whole) == rows_without_seconds(reference)
+    assert model_bytes(whole) == model_bytes(reference)
+
+    process = start(*SMALL, there, "num_rounds=40", f"hydra.run.dir={halved}")
+    until_round(process, halved, 3)
+    cluster.remove_node(other, allow_graceful=False)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    failures = failures_of(halved)
+    assert 0 < sum(failures) <= 10 and not any(failures[-10:])
