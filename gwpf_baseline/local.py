@@ -71,19 +71,19 @@ class SimulatedNode(ClientProxy):
         self, ins: GetParametersIns, timeout: float | None, group_id: int | None
     ) -> GetParametersRes:
         """Refuse: no method asks for this."""
-        raise NotImplementedError
+        raise RuntimeError("no method asks for this")
 
     def evaluate(
         self, ins: EvaluateIns, timeout: float | None, group_id: int | None
     ) -> EvaluateRes:
         """Refuse: no method asks for this."""
-        raise NotImplementedError
+        raise RuntimeError("no method asks for this")
 
     def reconnect(
         self, ins: ReconnectIns, timeout: float | None, group_id: int | None
     ) -> DisconnectRes:
         """Refuse: no method asks for this."""
-        raise NotImplementedError
+        raise RuntimeError("no method asks for this")
 
 
 class LocalNode(SimulatedNode):

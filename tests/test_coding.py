@@ -20,7 +20,12 @@ from gwpf_baseline.exchange.coding import (
 )
 
 LENGTH = 300
-BITS = np.arange(LENGTH) % 3 == 0
+# The first is coded bit by bit, the others by gaps between ones and between zeros.
+BITMAPS = [
+    np.arange(LENGTH) % 3 == 0,
+    np.arange(LENGTH) % 11 == 0,
+    np.arange(LENGTH) % 11 != 0,
+]
 
 numbers = st.integers(0, MOST) | st.sampled_from(
     [edge + k for edge in (2**7, 2**14, 2**21, 2**28) for k in (-1, 0)] + [0, MOST]
@@ -185,28 +190,30 @@ def test_one_bit_in_a_million_survives() -> None:
     assert_array_equal(decode_bitmap(code, 0, bits.size)[0], bits)
 
 
+@pytest.mark.parametrize("bits", BITMAPS)
 @pytest.mark.parametrize(
-    ("size", "ones", "words"),
+    ("size", "more", "words"),
     [
-        (LENGTH - 1, 100, None),  # other than the receiver's length
-        (MOST, 100, None),
-        (LENGTH, LENGTH + 1, None),  # more ones than bits
-        (LENGTH, MOST, None),
-        (LENGTH, 99, None),  # not the ones that the code holds
-        (LENGTH, 0, None),  # code where there is none to be
-        (LENGTH, LENGTH, None),
-        (LENGTH, 100, 0),  # no code where there must be some
-        (LENGTH, 100, 1),  # too few words
-        (LENGTH, 100, 1000),  # more than there are
-        (LENGTH, 100, MOST),
+        (LENGTH - 1, 0, None),  # other than the receiver's length
+        (MOST, 0, None),
+        (LENGTH, LENGTH, None),  # more ones than bits
+        (LENGTH, MOST - LENGTH, None),
+        (LENGTH, 1, None),  # not the ones that the code holds
+        (LENGTH, -1, None),
+        (LENGTH, -LENGTH, None),  # code where there is none to be
+        (LENGTH, 0, 0),  # no code where there must be some
+        (LENGTH, 0, 1),  # too few words
+        (LENGTH, 0, 1000),  # more than there are
+        (LENGTH, 0, MOST),
     ],
 )
 def test_lengths_that_a_bitmap_belies_are_refused(
-    size: int, ones: int, words: int | None
+    bits: np.ndarray, size: int, more: int, words: int | None
 ) -> None:
     """Size, count of ones and length of the code all have to agree; no room is made."""
-    code = encode_bitmap(BITS)
-    (_, _, true_words), start = lengths_of(code)
+    code = encode_bitmap(bits)
+    (_, true_ones, true_words), start = lengths_of(code)
+    ones = max(0, true_ones + more)
     announced = lengths(size, ones, true_words if words is None else words)
     tracemalloc.start()
     try:
@@ -221,7 +228,7 @@ def test_lengths_that_a_bitmap_belies_are_refused(
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_length_beyond_int32_is_refused(place: int) -> None:
     """As any number is."""
-    code = encode_bitmap(BITS)
+    code = encode_bitmap(BITMAPS[0])
     found, start = lengths_of(code)
     parts = [encode_number(number) for number in found]
     parts[place] = b"\xff\xff\xff\xff\x0f"
@@ -229,12 +236,22 @@ def test_a_length_beyond_int32_is_refused(place: int) -> None:
         decode_bitmap(b"".join(parts) + code[start:], 0, LENGTH)
 
 
-def test_a_bitmap_cut_anywhere_is_refused() -> None:
+@pytest.mark.parametrize("bits", BITMAPS)
+def test_a_bitmap_cut_anywhere_is_refused(bits: np.ndarray) -> None:
     """Within its lengths or within its code."""
-    code = encode_bitmap(BITS)
+    code = encode_bitmap(bits)
     for length in range(len(code)):
         with pytest.raises(WireError, match="short"):
             decode_bitmap(code[:length], 0, LENGTH)
+
+
+def test_gaps_longer_than_any_symbol_survive() -> None:
+    """They are written in pieces; a bitmap may end in one."""
+    bits = np.zeros(100_000, np.bool_)
+    bits[[0, 1, 4095, 8191, 8192, 12_289, 60_000]] = True
+    for each in (bits, bits[::-1], ~bits):
+        decoded, _ = decode_bitmap(encode_bitmap(each), 0, each.size)
+        assert_array_equal(decoded, each)
 
 
 # ---- fuzzing ------------------------------------------------------------------------

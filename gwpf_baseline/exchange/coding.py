@@ -1,9 +1,14 @@
 """Numbers and bitmaps in as few bytes as they need.
 
 Whole numbers are written in groups of seven bits (LEB128, as in DWARF and Protocol
-Buffers), bitmaps by a range coder at their entropy. Both say where they end, and
-nothing that a decoder reads is believed before it is checked.
+Buffers), bitmaps by a range coder at their entropy: where ones (or zeros) are rare by
+the gaps between them, which takes as many steps as there are of these, else bit by bit.
+Both say where they end, and nothing that a decoder reads is believed before it is
+checked.
 """
+
+import math
+from typing import Any
 
 import constriction
 import numpy as np
@@ -15,6 +20,10 @@ _stream = constriction.stream  # pylint: disable=no-member  # compiled
 MOST = 2**31 - 1
 #: Bytes that somebody else may own: what arrives is read where it lies.
 Buffer = bytes | memoryview
+# Up to this share of the rarer bit, gaps are coded; beyond, they save no time.
+_RARE = 1 / 8
+# A gap of so many bits or more is written in pieces.
+_MOST_GAP = 4096
 
 
 class WireError(ValueError):
@@ -77,7 +86,7 @@ def decode_number(frame: Buffer, offset: int) -> tuple[int, int]:
 
 
 def encode_bitmap(bits: BoolVector, expected: np.ndarray | None = None) -> bytes:
-    """Code a bitmap with a range coder under a Bernoulli model.
+    """Code a bitmap with a range coder, under the model of independent bits.
 
     Parameters
     ----------
@@ -99,7 +108,13 @@ def encode_bitmap(bits: BoolVector, expected: np.ndarray | None = None) -> bytes
     code = np.zeros(0, "<u4")
     if 0 < ones < bits.size:
         encoder = _stream.queue.RangeEncoder()
-        encoder.encode(bits.astype(np.int32), *_bernoulli(ones, bits.size, expected))
+        rarer, count = _rarer(ones, bits.size)
+        if expected is None and count <= _RARE * bits.size:
+            model, longest = _gaps(count / bits.size)
+            encoder.encode(_to_gaps(bits == rarer, longest), model)
+        else:
+            model = _bernoulli(ones, bits.size, expected)
+            encoder.encode(bits.astype(np.int32), *model)
         code = encoder.get_compressed().astype("<u4", copy=False)
     lengths = b"".join(map(encode_number, (bits.size, ones, code.size)))
     return lengths + code.tobytes()
@@ -149,8 +164,14 @@ def decode_bitmap(
         np.frombuffer(frame, "<u4", words, offset).astype(np.uint32)
     )
     try:
-        model, *parameters = _bernoulli(ones, size, expected)
-        bits = decoder.decode(model, *(parameters or [size])).astype(np.bool_)
+        rarer, count = _rarer(ones, size)
+        if expected is None and count <= _RARE * size:
+            bits = _from_gaps(decoder, count, size) == rarer
+        else:
+            model, *parameters = _bernoulli(ones, size, expected)
+            bits = decoder.decode(model, *(parameters or [size])).astype(np.bool_)
+    except WireError:
+        raise
     # The coder panics on some words that no encoder writes; a panic is no Exception.
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit):
@@ -166,3 +187,52 @@ def _bernoulli(ones: int, size: int, expected: np.ndarray | None) -> tuple:
     if expected is None:
         return (_stream.model.Bernoulli(ones / size, perfect=False),)
     return _stream.model.Bernoulli(perfect=False), expected
+
+
+def _rarer(ones: int, size: int) -> tuple[bool, int]:
+    """Return which bit is the rarer one, and how many there are."""
+    return (True, ones) if 2 * ones <= size else (False, size - ones)
+
+
+def _gaps(share: float) -> tuple[Any, int]:
+    """Return the model of a gap between bits of a given share, and how long it can be.
+
+    It is geometric. A gap that is longer, or as long, begins with pieces of that length,
+    for which the model's last symbol stands: together as probable as the whole.
+    """
+    longest = min(math.ceil(2 / share), _MOST_GAP)
+    # By products alone, which come to the same bits on every machine.
+    probabilities = np.full(longest + 1, 1 - share)
+    probabilities[0] = 1
+    np.cumprod(probabilities, out=probabilities)
+    probabilities[:-1] *= share
+    return _stream.model.Categorical(probabilities, perfect=False), longest
+
+
+def _to_gaps(bits: BoolVector, longest: int) -> np.ndarray:
+    """Return the symbols of the gaps before each one."""
+    pieces, rest = np.divmod(np.diff(np.flatnonzero(bits), prepend=-1) - 1, longest)
+    ends = np.cumsum(pieces + 1) - 1
+    symbols = np.full(ends[-1] + 1, longest, np.int32)
+    symbols[ends] = rest
+    return symbols
+
+
+def _from_gaps(decoder: Any, count: int, size: int) -> BoolVector:
+    """Decode the gaps before so many ones, and return the bitmap of these."""
+    model, longest = _gaps(count / size)
+    parts, found, passed = [], 0, 0
+    while found < count:
+        # At least as many symbols follow as ones are left.
+        symbols = decoder.decode(model, count - found)
+        ends = symbols < longest
+        found += int(np.count_nonzero(ends))
+        places = passed + np.cumsum(symbols + ends, dtype=np.int64)
+        passed = int(places[-1])
+        # Also so that no code makes this go on for ever.
+        if passed > size:
+            raise WireError("a bitmap's code goes beyond its end")
+        parts.append(places[ends] - 1)
+    bits = np.zeros(size, np.bool_)
+    bits[np.concatenate(parts)] = True
+    return bits
