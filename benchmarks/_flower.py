@@ -5,8 +5,8 @@ to round.
 """
 
 import functools
-import io
 import itertools
+import math
 import tempfile
 import time
 from collections import OrderedDict
@@ -15,28 +15,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 from flwr.client import Client, NumPyClient
 from flwr.clientapp import ClientApp
 from flwr.common import Context, ndarrays_to_parameters
-from flwr.server import ServerAppComponents, ServerConfig
+from flwr.server import (
+    Server,
+    ServerAppComponents,
+    ServerConfig,
+    SimpleClientManager,
+)
 from flwr.server.strategy import FedAvg
 from flwr.serverapp import ServerApp
 from flwr.simulation import run_simulation
 from flwr_datasets import FederatedDataset
 from flwr_datasets.partitioner import IidPartitioner
 from omegaconf import DictConfig
-from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import Compose, Normalize, ToTensor
 
+from gwpf_baseline.callbacks import OnRound
 from gwpf_baseline.client_app import make_client
 from gwpf_baseline.config import workbench
 from gwpf_baseline.learning.training import train
-from gwpf_baseline.main import run_experiment
 from gwpf_baseline.model import initial_model
-from gwpf_baseline.records.history import read_history
+from gwpf_baseline.records.history import History
+from gwpf_baseline.server_app import make_strategy
+from gwpf_baseline.simulation import on_ray
 
 Arrays = list[np.ndarray]
 ClientFn = Callable[[DictConfig, Context], Client]
@@ -128,27 +135,72 @@ def template_client(cfg: DictConfig, context: Context) -> Client:
     return TemplateClient(cfg, context).to_client()
 
 
-def round_seconds(cfg: DictConfig) -> list[float]:
-    """Run our own experiment, records and all.
+class Laps:
+    """Seconds of rounds, without what is done between them.
+
+    Parameters
+    ----------
+    between : callable
+        What is done after each round.
+
+    Attributes
+    ----------
+    seconds : list of float
+        Of each round but the first, which starts the workers.
+    """
+
+    def __init__(self, between: Callable[[], object]) -> None:
+        self.between = between
+        self.seconds: list[float] = []
+        self._began = math.inf
+
+    def __call__(self) -> None:
+        """End a round."""
+        lap = time.perf_counter() - self._began
+        if lap > 0:
+            self.seconds.append(lap)
+        self.between()
+        self._began = time.perf_counter()
+
+
+def nothing() -> None:
+    """Do nothing between rounds."""
+
+
+def round_seconds(
+    cfg: DictConfig, between: Callable[[], object] = nothing
+) -> list[float]:
+    """Run our own experiment with its records, but without evaluations.
 
     Parameters
     ----------
     cfg : DictConfig
         A checked configuration.
+    between : callable, default nothing
+        As of :class:`Laps`.
 
     Returns
     -------
     list of float
-        Seconds of each round but the first, which starts the workers.
+        As of the same.
     """
+    laps = Laps(between)
     with tempfile.TemporaryDirectory() as folder:
-        run_experiment(cfg, Path(folder), Console(file=io.StringIO()))
-        ends = [record.seconds for record in read_history(folder)]
-    return [after - before for before, after in itertools.pairwise(ends)]
+        history = History(folder)
+        callbacks = [OnRound(history.add), OnRound(lambda record: laps())]
+        strategy = make_strategy(cfg, workbench(cfg), callbacks)
+        server = Server(client_manager=SimpleClientManager(), strategy=strategy)
+        on_ray(cfg, Path(folder))(server, ServerConfig(cfg.num_rounds))
+        history.close()
+    # Its workers would keep the CPUs that Flower's own simulation needs.
+    ray.shutdown()
+    return laps.seconds
 
 
-def flower_round_seconds(cfg: DictConfig, client_fn: ClientFn) -> list[float]:
-    """Run Flower's own FedAvg on the same simulation engine.
+def flower_round_seconds(
+    cfg: DictConfig, client_fn: ClientFn, between: Callable[[], object] = nothing
+) -> list[float]:
+    """Run Flower's own FedAvg on its simulation runtime.
 
     Parameters
     ----------
@@ -156,18 +208,20 @@ def flower_round_seconds(cfg: DictConfig, client_fn: ClientFn) -> list[float]:
         A checked configuration.
     client_fn : callable
         Builds a client; a function of a module that workers can import.
+    between : callable, default nothing
+        As of :class:`Laps`.
 
     Returns
     -------
     list of float
-        As :func:`round_seconds`.
+        As of the same.
     """
-    ends: list[float] = []
+    laps = Laps(between)
 
     def clock(server_round: int, weights: Arrays, config: dict) -> None:
         """Stand where our strategy closes a round's record."""
         if server_round:
-            ends.append(time.monotonic())
+            laps()
 
     def server_fn(context: Context) -> ServerAppComponents:
         strategy = FedAvg(
@@ -194,4 +248,4 @@ def flower_round_seconds(cfg: DictConfig, client_fn: ClientFn) -> list[float]:
             },
         },
     )
-    return [after - before for before, after in itertools.pairwise(ends)]
+    return laps.seconds

@@ -1,4 +1,4 @@
-"""The Flower ClientApp, for ``flwr run`` and SuperNodes, and what builds a client."""
+"""The Flower ClientApp, for ``flwr run`` and SuperNodes, and what plays clients."""
 
 import copy
 import functools
@@ -10,7 +10,7 @@ import torch
 from flwr.client import Client
 from flwr.clientapp import ClientApp
 from flwr.common import Context
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from gwpf_baseline.config import (
     Workbench,
@@ -95,6 +95,61 @@ def _flat_model(
     initial = parameters_to_vector(model)
     # A copy: the model is the process's only record of the initial weights.
     return FlatModel(copy.deepcopy(model), pick_device(num_gpus)), initial
+
+
+class Worker:
+    """Plays clients, one at a time, in a process of Ray's; outlives a run."""
+
+    def __init__(self) -> None:
+        self.cfg = DictConfig({})
+        self.folder = ""
+        self.contexts: dict[int, Context] = {}
+
+    def begin(self, text: str, folder: str) -> None:
+        """Begin a run.
+
+        Parameters
+        ----------
+        text : str
+            A checked configuration as JSON.
+        folder : str
+            The run's folder.
+        """
+        self.cfg = OmegaConf.create(json.loads(text))
+        self.folder = folder
+        self.contexts.clear()
+        # While the server still prepares the first round.
+        workbench(self.cfg)
+
+    def answer(
+        self, client: int, question: str, ins: Any, context: Context | None = None
+    ) -> Any:
+        """Let a client answer a message.
+
+        Parameters
+        ----------
+        client : int
+            Its partition id.
+        question : str
+            The method of Flower's ``Client`` that answers.
+        ins : FitIns or GetPropertiesIns
+            The message.
+        context : Context, optional
+            What the client keeps, if this worker does not hold it yet.
+
+        Returns
+        -------
+        FitRes or GetPropertiesRes
+            The answer.
+        """
+        if context is not None:
+            self.contexts[client] = context
+        made = make_client(self.cfg, self.contexts[client], self.folder)
+        return getattr(made.to_client(), question)(ins)
+
+    def give(self, client: int) -> Context:
+        """Give away what a client keeps, also while another one is played."""
+        return self.contexts.pop(client)
 
 
 def client_fn(context: Context) -> Client:

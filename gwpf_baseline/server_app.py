@@ -35,7 +35,6 @@ from gwpf_baseline.learning.training import evaluate
 from gwpf_baseline.records.checkpoint import CheckpointFolder, StateError
 from gwpf_baseline.records.display import Display, closing_table
 from gwpf_baseline.records.history import History
-from gwpf_baseline.records.plots import plot_history
 from gwpf_baseline.strategy import Callback, SyncStrategy
 from gwpf_baseline.utils import ConfigError, pick_device, run_folder
 
@@ -180,6 +179,10 @@ def run_server(
         parameters=strategy.dimension,
         metric=metric,
     )
+    # Takes half a second, which no run has to wait for at its start.
+    # pylint: disable-next=import-outside-toplevel
+    from gwpf_baseline.records.plots import plot_history
+
     plot_history(history.records, folder)
     history.close()
     save_model(strategy, folder / "model.safetensors")

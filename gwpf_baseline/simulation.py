@@ -18,7 +18,6 @@ from typing import Any
 import ray
 from flwr.common import (
     Code,
-    Context,
     FitIns,
     FitRes,
     GetPropertiesIns,
@@ -29,8 +28,7 @@ from flwr.server import Server, ServerConfig
 from omegaconf import DictConfig, OmegaConf
 from ray.exceptions import RayActorError
 
-from gwpf_baseline.client_app import make_client
-from gwpf_baseline.config import workbench
+from gwpf_baseline.client_app import Worker
 from gwpf_baseline.local import SimulatedNode
 from gwpf_baseline.server_app import Play
 from gwpf_baseline.utils import ConfigError, RunError, one_line
@@ -39,62 +37,6 @@ log = logging.getLogger(__name__)
 
 # Messages on their way for each worker: while it answers one, the next is ready.
 _DEPTH = 2
-
-
-class Worker:
-    """Plays clients, one at a time, in a process of Ray's; outlives a run."""
-
-    def __init__(self) -> None:
-        self.cfg = DictConfig({})
-        self.folder = ""
-        self.contexts: dict[int, Context] = {}
-
-    def begin(self, text: str, folder: str) -> None:
-        """Begin a run.
-
-        Parameters
-        ----------
-        text : str
-            A checked configuration as JSON.
-        folder : str
-            The run's folder.
-        """
-        self.cfg = OmegaConf.create(json.loads(text))
-        self.folder = folder
-        self.contexts.clear()
-        # While the server still prepares the first round.
-        workbench(self.cfg)
-
-    def answer(
-        self, client: int, question: str, ins: Any, context: Context | None = None
-    ) -> Any:
-        """Let a client answer a message.
-
-        Parameters
-        ----------
-        client : int
-            Its partition id.
-        question : str
-            The method of Flower's ``Client`` that answers.
-        ins : FitIns or GetPropertiesIns
-            The message.
-        context : Context, optional
-            What the client keeps, if this worker does not hold it yet.
-
-        Returns
-        -------
-        FitRes or GetPropertiesRes
-            The answer.
-        """
-        if context is not None:
-            self.contexts[client] = context
-        made = make_client(self.cfg, self.contexts[client], self.folder)
-        return getattr(made.to_client(), question)(ins)
-
-    @ray.method(concurrency_group="moves")
-    def give(self, client: int) -> Context:
-        """Give away what a client keeps, also while another one is played."""
-        return self.contexts.pop(client)
 
 
 class Pool:
@@ -250,7 +192,9 @@ class RayNode(SimulatedNode):
         worker = self.pool.take(self.held_by)
         moved = None if self.held_by else self.context
         if self.held_by not in (None, worker):
-            moved = self.held_by.give.remote(self.partition)
+            moved = self.held_by.give.options(concurrency_group="moves").remote(
+                self.partition
+            )
             # A message that waits for it would hold up what else is to be given away.
             ray.wait([moved], timeout=timeout, fetch_local=False)
         answer = worker.answer.remote(self.partition, question, ins, moved).future()
@@ -308,6 +252,8 @@ def _start_ray(cfg: DictConfig) -> None:
     """Start Ray, or join the cluster that is configured; once a process."""
     if ray.is_initialized():
         return
+    # Those of a Ray that somebody has stopped meanwhile are gone with it.
+    _pool.cache_clear()
     # Ray would otherwise print a tip about what this does, at every start.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     local = cfg.ray.address == "local"

@@ -197,8 +197,8 @@ def _rarer(ones: int, size: int) -> tuple[bool, int]:
 def _gaps(share: float) -> tuple[Any, int]:
     """Return the model of a gap between bits of a given share, and how long it can be.
 
-    It is geometric. A gap that is longer, or as long, begins with pieces of that length,
-    for which the model's last symbol stands: together as probable as the whole.
+    It is geometric. A gap of that length or more begins with pieces of that length, for
+    which the model's last symbol stands: together as probable as the whole.
     """
     longest = min(math.ceil(2 / share), _MOST_GAP)
     # By products alone, which come to the same bits on every machine.

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch.utils.tensorboard import SummaryWriter
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 @dataclass
@@ -342,8 +343,12 @@ class History:
         if self._events:
             self._events.close()
 
-    def _start(self) -> SummaryWriter:
+    def _start(self) -> "SummaryWriter":
         """Begin the files, in place of those that an earlier run left in the folder."""
+        # A worker or a node, which writes none, would import it with every method.
+        # pylint: disable-next=import-outside-toplevel
+        from torch.utils.tensorboard import SummaryWriter
+
         events = self.folder / "tensorboard"
         # TensorBoard would show the rounds of the old files beside the new ones.
         for old in events.glob("events.out.tfevents.*"):
