@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from gwpf_baseline.records.checkpoint import CheckpointFolder
+from gwpf_baseline.utils import ConfigError
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "dev"))
 # pylint: disable-next=wrong-import-position,import-error
@@ -55,6 +58,13 @@ class Run:
         history = self.folder / "history.csv"
         return len(rows(self.folder)) if history.exists() else 0
 
+    def has_checkpoint(self) -> bool:
+        """Tell whether there is a whole one."""
+        try:
+            return CheckpointFolder(self.folder).latest() > 0
+        except ConfigError:
+            return False
+
     def play_until(self, rounds: int) -> None:
         """Wait until so many rounds have ended."""
         until(lambda: self.rounds() >= rounds, f"round {rounds}")
@@ -99,10 +109,11 @@ def test_a_run_that_lost_its_server_goes_on_to_the_same_history(
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
 
     first = Run(nodes)
-    first.play_until(2)
+    until(first.has_checkpoint, "a checkpoint")
     nodes.kill("superlink")
     nodes.start_superlink()
-    resumed = Run(nodes, resume=str(first.folder))
+    # Each message starts a process on each node; another checkpoint would show nothing.
+    resumed = Run(nodes, resume=str(first.folder), checkpoint_every=0)
     assert resumed.wait() == "finished:completed"
     assert rows(resumed.folder) == rows(reference)
     model = (resumed.folder / "model.safetensors").read_bytes()
@@ -111,8 +122,6 @@ def test_a_run_that_lost_its_server_goes_on_to_the_same_history(
         checkpoints = nodes.folder / f"supernode-{number}" / "outputs"
         kept = sorted(checkpoints.glob("*/checkpoints/*/*"))
         assert {file.name for file in kept} == {f"client-{number}.safetensors"}
-        # The last of the first run, and at most two of the second.
-        assert len(kept) <= 4
 
 
 def test_a_run_outlives_its_nodes_and_strangers(nodes: Deployment) -> None:
@@ -146,6 +155,6 @@ def test_a_run_without_clients_fails(nodes: Deployment) -> None:
     """Nodes are there, but none has a partition of this run."""
     for name in [name for name in nodes.processes if name.startswith("supernode")]:
         nodes.kill(name)
-    run = Run(nodes, num_clients=1, connect_timeout=20)
+    run = Run(nodes, num_clients=1, connect_timeout=12)
     assert run.wait() == "finished:failed"
     assert run.rounds() == 0
