@@ -38,6 +38,7 @@ from gwpf_baseline.strategy import Callback, SyncStrategy
 _ONE_AT_A_TIME = threading.Lock()
 
 
+# pylint: disable-next=abstract-method  # which its kinds fill in
 class SimulatedNode(ClientProxy):
     """A node whose client's context is kept by who simulates it.
 
