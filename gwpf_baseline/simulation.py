@@ -79,6 +79,11 @@ class Pool:
                 allowed = "what a machine that Ray runs on has"
                 raise ConfigError("client_resources", given, allowed)
 
+    def close(self) -> None:
+        """End the workers, and make room for others."""
+        for worker in self.workers:
+            ray.kill(worker)
+
     def take(self, held_by: Any) -> Any:
         """Wait for a worker, preferably a certain one.
 
@@ -189,6 +194,9 @@ class RayNode(SimulatedNode):
         return GetPropertiesRes(Status(Code.OK, ""), {"partition-id": self.partition})
 
     def _ask(self, question: str, ins: Any, timeout: float | None) -> Any:
+        if self.held_by not in self.pool.workers:
+            # It has not been played yet, or who held it has died.
+            self.forget()
         worker = self.pool.take(self.held_by)
         moved = None if self.held_by else self.context
         if self.held_by not in (None, worker):
@@ -209,8 +217,9 @@ class RayNode(SimulatedNode):
             raise
 
 
-# Workers outlive a run: those of a sweep import and load but once.
-_pool = functools.cache(Pool)
+# Workers outlive a run: those of a sweep import and load but once. At most one pool, as
+# another one would wait for ever for what this one occupies.
+_kept: list[Pool] = []
 
 
 def on_ray(cfg: DictConfig, folder: Path) -> Play:
@@ -248,12 +257,23 @@ def on_ray(cfg: DictConfig, folder: Path) -> Play:
     return play
 
 
+def _pool(num_cpus: int, num_gpus: float) -> Pool:
+    """Return the pool of a run, the last run's if its workers are the same."""
+    pool = Pool(num_cpus, num_gpus)
+    if _kept and _kept[0].resources == pool.resources:
+        return _kept[0]
+    for other in _kept:
+        other.close()
+    _kept[:] = [pool]
+    return pool
+
+
 def _start_ray(cfg: DictConfig) -> None:
     """Start Ray, or join the cluster that is configured; once a process."""
     if ray.is_initialized():
         return
     # Those of a Ray that somebody has stopped meanwhile are gone with it.
-    _pool.cache_clear()
+    _kept.clear()
     # Ray would otherwise print a tip about what this does, at every start.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     local = cfg.ray.address == "local"

@@ -13,6 +13,7 @@ SIMULATED = ["--clients=2", "--steps=1", "--rounds=2", "--warm-up=1", "--repeats
 SCRIPTS = {
     "outlier.py": (["--rounds=1", "--methods", "gwpf"], "One of ten clients attacks"),
     "payload_size.py": ([], "One upload"),
+    "start_time.py": (["--repeats=1", "--states", "warm"], "A start and an end"),
     "study.py": (["mnist", "--dry-run"], "python -m gwpf_baseline.main dataset=mnist"),
     "sync_step.py": (
         ["--dimension=1000", "--clients=2", "--repeats=1"],

@@ -85,9 +85,11 @@ def test_runs_of_a_sweep_share_workers_and_nothing_else(
 ) -> None:
     """The last of them comes to the history that it has alone."""
     alone = [key for key in SMALL if not key.startswith("seed=")]
-    run("-m", *alone, "seed=8,7", f"hydra.sweep.dir={tmp_path}")
-    assert rows_without_seconds(tmp_path / "1") == rows_without_seconds(reference)
-    assert model_bytes(tmp_path / "1") == model_bytes(reference)
+    workers = f"client_resources.num_cpus=1,{os.cpu_count() or 1}"
+    run("-m", *alone, "seed=8,7", workers, f"hydra.sweep.dir={tmp_path}")
+    for folder in (tmp_path / "2", tmp_path / "3"):
+        assert rows_without_seconds(folder) == rows_without_seconds(reference)
+        assert model_bytes(folder) == model_bytes(reference)
     assert model_bytes(tmp_path / "0") != model_bytes(reference)
 
 
