@@ -68,10 +68,14 @@ def namespaces(up: float, down: float) -> Iterator[None]:
 def remove() -> None:
     """Remove what :func:`namespaces` has made."""
     for node in range(NODES):
-        command = ["ip", "netns", "del", f"{_BRIDGE}-{node}"]
-        subprocess.run(command, check=False, capture_output=True)
-    command = ["ip", "link", "del", _BRIDGE]
-    subprocess.run(command, check=False, capture_output=True)
+        # A namespace lives on while a process does that somebody has left in it.
+        _try(f"ip link del gwpf-out{node}")
+        _try(f"ip netns del {_BRIDGE}-{node}")
+    _try(f"ip link del {_BRIDGE}")
+
+
+def _try(command: str) -> None:
+    subprocess.run(command.split(), check=False, capture_output=True)
 
 
 class Wire(NamedTuple):
