@@ -32,9 +32,9 @@ _BRIDGE = "gwpf-slow"
 _SERVER = "10.123.0.1"
 
 
-def ip(command: str) -> None:
-    """Run a command of iproute2."""
-    subprocess.run(command.split(), check=True, capture_output=True)
+def ip(command: str, check: bool = True) -> None:
+    """Run a command of iproute2, which by default must succeed."""
+    subprocess.run(command.split(), check=check, capture_output=True)
 
 
 @contextmanager
@@ -69,13 +69,9 @@ def remove() -> None:
     """Remove what :func:`namespaces` has made."""
     for node in range(NODES):
         # A namespace lives on while a process does that somebody has left in it.
-        _try(f"ip link del gwpf-out{node}")
-        _try(f"ip netns del {_BRIDGE}-{node}")
-    _try(f"ip link del {_BRIDGE}")
-
-
-def _try(command: str) -> None:
-    subprocess.run(command.split(), check=False, capture_output=True)
+        ip(f"ip link del gwpf-out{node}", check=False)
+        ip(f"ip netns del {_BRIDGE}-{node}", check=False)
+    ip(f"ip link del {_BRIDGE}", check=False)
 
 
 class Wire(NamedTuple):

@@ -103,6 +103,7 @@ class Worker:
     def __init__(self) -> None:
         self.cfg = DictConfig({})
         self.folder = ""
+        self.bench: Workbench | None = None
         self.contexts: dict[int, Context] = {}
 
     def begin(self, text: str, folder: str) -> None:
@@ -118,8 +119,9 @@ class Worker:
         self.cfg = OmegaConf.create(json.loads(text))
         self.folder = folder
         self.contexts.clear()
-        # While the server still prepares the first round.
-        workbench(self.cfg)
+        # None if that fails: never the last run's.
+        self.bench = None
+        self.bench = workbench(self.cfg)
 
     def answer(
         self, client: int, question: str, ins: Any, context: Context | None = None
@@ -144,7 +146,8 @@ class Worker:
         """
         if context is not None:
             self.contexts[client] = context
-        made = make_client(self.cfg, self.contexts[client], self.folder)
+        context = self.contexts[client]
+        made = make_client(self.cfg, context, self.folder, self.bench)
         return getattr(made.to_client(), question)(ins)
 
     def give(self, client: int) -> Context:

@@ -200,10 +200,29 @@ def in_process(cfg: DictConfig, folder: Path) -> Play:
     callable
         For :func:`~gwpf_baseline.server_app.run_server`.
     """
+    return among(_nodes(cfg, str(folder), None), 1)
+
+
+def among(nodes: Sequence[SimulatedNode], at_once: int) -> Play:
+    """Return what plays the rounds with nodes that are there from the beginning.
+
+    Parameters
+    ----------
+    nodes : sequence of SimulatedNode
+        The nodes.
+    at_once : int
+        How many messages are on their way at a time.
+
+    Returns
+    -------
+    callable
+        For :func:`~gwpf_baseline.server_app.run_server`.
+    """
 
     def play(server: Server, config: ServerConfig) -> None:
-        for node in _nodes(cfg, str(folder), None):
+        for node in nodes:
             server.client_manager().register(node)
+        server.set_max_workers(at_once)
         server.fit(config.num_rounds, config.round_timeout)
 
     return play

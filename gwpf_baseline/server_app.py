@@ -41,6 +41,9 @@ from gwpf_baseline.utils import ConfigError, pick_device, run_folder
 log = logging.getLogger(__name__)
 
 
+_MOST_MESSAGES = 128  # on their way at a time, to nodes of a grid
+
+
 # Plays the rounds of a Flower server whose nodes it knows.
 Play = Callable[[Server, ServerConfig], object]
 
@@ -49,6 +52,8 @@ def on_grid(grid: Grid) -> Play:
     """Return what plays the rounds with the nodes of a Flower grid."""
 
     def play(server: Server, config: ServerConfig) -> None:
+        # Every client of a round is under way at once; Flower queues them.
+        server.set_max_workers(_MOST_MESSAGES)
         start_grid(grid=grid, server=server, config=config)
 
     return play
@@ -167,8 +172,6 @@ def run_server(
         history.restore(strategy.records)
     remaining = cfg.num_rounds - len(strategy.records)
     server = Server(client_manager=SimpleClientManager(), strategy=strategy)
-    # Every client of a round is under way at once; Flower queues them for the workers.
-    server.set_max_workers(min(cfg.num_clients, 128))
     with display:
         play(server, ServerConfig(remaining, cfg.round_timeout))
     summary = history.write_summary(

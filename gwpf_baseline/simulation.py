@@ -24,12 +24,11 @@ from flwr.common import (
     GetPropertiesRes,
     Status,
 )
-from flwr.server import Server, ServerConfig
 from omegaconf import DictConfig, OmegaConf
 from ray.exceptions import RayActorError
 
 from gwpf_baseline.client_app import Worker
-from gwpf_baseline.local import SimulatedNode
+from gwpf_baseline.local import SimulatedNode, among
 from gwpf_baseline.server_app import Play
 from gwpf_baseline.utils import ConfigError, RunError, one_line
 
@@ -81,7 +80,9 @@ class Pool:
 
     def close(self) -> None:
         """End the workers, and make room for others."""
-        for worker in self.workers:
+        with self._lock:
+            ended, self.workers = self.workers, []
+        for worker in ended:
             ray.kill(worker)
 
     def take(self, held_by: Any) -> Any:
@@ -105,6 +106,8 @@ class Pool:
         """Take a worker back, or do without it if it has died."""
         error = answer.exception()
         with self._lock:
+            if worker not in self.workers:
+                return  # It was ended while it was busy.
             # It may as well be another one, that was to give a client away.
             # pylint: disable-next=protected-access  # it has no other name
             if getattr(error, "actor_id", None) == worker._actor_id.hex():
@@ -248,13 +251,8 @@ def on_ray(cfg: DictConfig, folder: Path) -> Play:
     pool = _pool(cfg.client_resources.num_cpus, cfg.client_resources.num_gpus)
     pool.begin(json.dumps(OmegaConf.to_container(cfg)), str(folder))
 
-    def play(server: Server, config: ServerConfig) -> None:
-        for client in range(cfg.num_clients):
-            server.client_manager().register(RayNode(client, pool))
-        server.set_max_workers(_DEPTH * len(pool.workers))
-        server.fit(config.num_rounds, config.round_timeout)
-
-    return play
+    nodes = [RayNode(client, pool) for client in range(cfg.num_clients)]
+    return among(nodes, _DEPTH * len(pool.workers))
 
 
 def _pool(num_cpus: int, num_gpus: float) -> Pool:

@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from gwpf_baseline.records.history import read_history
@@ -66,3 +67,12 @@ def rounds_done(folder: Path) -> int:
         return len(read_history(folder))
     except (OSError, ValueError):
         return 0
+
+
+def until_round(process: "subprocess.Popen[str]", folder: Path, number: int) -> None:
+    """Wait until a run has ended so many rounds."""
+    deadline = time.monotonic() + 200
+    while rounds_done(folder) < number:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from command_line import (
     rows_without_seconds,
     run,
     start,
+    until_round,
 )
 from federation import configured
 from PIL import Image
@@ -173,10 +173,7 @@ def test_a_killed_run_goes_on_to_the_same_history(
     killed, resumed = tmp_path / "killed", tmp_path / "resumed"
     process = start(*SMALL, "checkpoint_every=2", f"hydra.run.dir={killed}")
     try:
-        deadline = time.monotonic() + 200
-        while time.monotonic() < deadline and rounds_done(killed) < 5:
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.02)
+        until_round(process, killed, 5)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()

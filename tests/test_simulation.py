@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +10,10 @@ import pytest
 from command_line import (
     SMALL,
     model_bytes,
-    rounds_done,
     rows_without_seconds,
     run,
     start,
+    until_round,
 )
 from ray.cluster_utils import Cluster
 
@@ -40,15 +39,6 @@ def workers_of(process: "subprocess.Popen[str]") -> list[int]:
         if int(group) == process.pid and args.startswith("ray::Worker"):
             found.append(int(pid))
     return found
-
-
-def until_round(process: "subprocess.Popen[str]", folder: Path, number: int) -> None:
-    """Wait until a run has ended so many rounds."""
-    deadline = time.monotonic() + 200
-    while rounds_done(folder) < number:
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
 
 
 def failures_of(folder: Path) -> list[int]:

@@ -227,6 +227,8 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
         The same of the exchange under way.
     expected : numpy.ndarray or None
         What the coder of the exchange's masks expects, see :func:`expected_bits`.
+    probabilities : numpy.ndarray
+        float32 ``(d,)``, the global ones that the exchange's masks are trained from.
 
     Raises
     ------
@@ -252,6 +254,7 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
         self.masks = 0
         self.new_ones, self.new_masks = np.zeros(0, np.uint16), 0
         self.expected: np.ndarray | None = None
+        self.probabilities = np.zeros(0, np.float32)
 
     def begin_exchange(self) -> None:
         """Fall back to the prior if it is time; every client sends a whole mask."""
@@ -259,6 +262,7 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
             self.ones.fill(0)
             self.masks = 0
         self.expected = expected_bits(self.weights.numpy(), self.config)
+        self.probabilities = self.weights.sigmoid().numpy()
 
     def reset_sums(self) -> None:
         """Start the exchange's counts afresh."""
@@ -281,7 +285,7 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
             on: it leans their way, as a turned one cannot.
         """
         mask = reader.bitmap(self.dimension, self.expected, Part.VALUES)
-        against = -agreement(mask, self.weights.sigmoid().numpy())
+        against = -agreement(mask, self.probabilities)
         if self.update_bound.multiple is not None and against > _MOST_AGAINST:
             raise WireError(f"a mask against all others, by {against:.3g} deviations")
         return mask
