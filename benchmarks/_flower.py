@@ -236,12 +236,14 @@ def flower_round_seconds(
         config = ServerConfig(num_rounds=cfg.num_rounds)
         return ServerAppComponents(strategy=strategy, config=config)
 
+    # Ray would join a cluster that it finds, also a dead one, and wait for it.
+    ray_options = {"address": "local", "logging_level": "ERROR", "log_to_driver": False}
     run_simulation(
         server_app=ServerApp(server_fn=server_fn),
         client_app=ClientApp(client_fn=functools.partial(client_fn, cfg)),
         num_supernodes=cfg.num_clients,
         backend_config={
-            "init_args": {"logging_level": "ERROR", "log_to_driver": False},
+            "init_args": ray_options,
             "client_resources": {
                 "num_cpus": cfg.client_resources.num_cpus,
                 "num_gpus": cfg.client_resources.num_gpus,

@@ -5,6 +5,8 @@ import os
 # Read when the libraries are first imported, hence before them.
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Flower's simulation would join a cluster that another test has started meanwhile.
+os.environ["RAY_ADDRESS"] = "local"
 
 # pylint: disable=wrong-import-position
 import logging  # noqa: E402
