@@ -237,13 +237,13 @@ def flower_round_seconds(
         return ServerAppComponents(strategy=strategy, config=config)
 
     # Ray would join a cluster that it finds, also a dead one, and wait for it.
-    ray_options = {"address": "local", "logging_level": "ERROR", "log_to_driver": False}
+    init_args: dict[str, Any] = {"address": "local", "log_to_driver": False}
     run_simulation(
         server_app=ServerApp(server_fn=server_fn),
         client_app=ClientApp(client_fn=functools.partial(client_fn, cfg)),
         num_supernodes=cfg.num_clients,
         backend_config={
-            "init_args": ray_options,
+            "init_args": {**init_args, "logging_level": "ERROR"},
             "client_resources": {
                 "num_cpus": cfg.client_resources.num_cpus,
                 "num_gpus": cfg.client_resources.num_gpus,

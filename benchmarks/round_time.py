@@ -30,6 +30,8 @@ class Training:
     ----------
     cfg : DictConfig
         A checked configuration.
+    workers : int
+        How many would share it.
 
     Attributes
     ----------
@@ -37,8 +39,8 @@ class Training:
         Of each time that it was called, divided by the number of workers.
     """
 
-    def __init__(self, cfg: DictConfig) -> None:
-        self.workers = (os.cpu_count() or 1) // cfg.client_resources.num_cpus
+    def __init__(self, cfg: DictConfig, workers: int) -> None:
+        self.workers = workers
         self.clients = [node.build(node.context) for node in federation(cfg).nodes]
         self.drawn = cfg.local_steps * cfg.batch_size
         self.seconds: list[float] = []
@@ -84,7 +86,8 @@ def main() -> None:
         for name in names:
             # After each round of it: a machine is not equally fast all the time.
             cfg = configs.get(name, configs["fedavg"])
-            training = Training(cfg)
+            workers = (os.cpu_count() or 1) // cfg.client_resources.num_cpus
+            training = Training(cfg, workers)
             if name == flower:
                 seconds = flower_round_seconds(cfg, dense_client, training)
             else:

@@ -63,6 +63,11 @@ class Node(LocalNode):
         """The client's state."""
         return ClientState.load(self.context) or ClientState()
 
+    def uploaded(self, dimension: int) -> np.ndarray:
+        """Return the coordinates of the last upload that the client has noted."""
+        bits = np.unpackbits(self.state.arrays["sent"], count=dimension)
+        return bits.view(np.bool_)
+
     def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
         """Let the client train, unless one of the two messages gets lost."""
         self.received.append(ins.parameters)

@@ -13,6 +13,7 @@ from torch.nn import functional
 from gwpf_baseline.learning.flat_model import (
     FlatModel,
     buffers_to_vector,
+    gather,
     parameters_to_vector,
     to_ndarrays,
     vector_to_buffers,
@@ -169,3 +170,14 @@ def test_shared_parameters_are_exchanged_once_and_returned_twice() -> None:
     first, second = to_ndarrays(model, vector, torch.zeros(0))
     np.testing.assert_array_equal(first, vector.reshape(3, 3))
     np.testing.assert_array_equal(second, vector.reshape(3, 3))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.6, 1.0])
+def test_gather_is_what_a_mask_chooses(share: float) -> None:
+    """Over more coordinates than are worked on at a time."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=100_000).astype(np.float32)
+    mask = rng.random(100_000) < share
+    chosen = gather(values, mask)
+    assert chosen.dtype == np.float32
+    np.testing.assert_array_equal(chosen, values[mask])

@@ -211,7 +211,7 @@ def start_again(node: Node, folder: CheckpointFolder) -> None:
         {"residual": torch.full((395,), torch.nan)},
         {"weights": torch.zeros(1)},
         {"weights": torch.zeros(396)},
-        {"sent": torch.zeros(3, dtype=torch.bool)},
+        {"sent": torch.zeros(3, dtype=torch.uint8)},
         {"moment.exp_avg": torch.zeros(10**6)},
     ],
 )

@@ -774,6 +774,17 @@ def test_an_upload_costs_hardly_more_than_what_it_says(compose: Compose) -> None
         assert 8 * size(answer) <= 1.02 * (8 * values.nbytes + entropy) + 8 * 32
 
 
+def test_flower_is_given_the_model_of_now(compose: Compose) -> None:
+    """Nobody serialises it for us; whoever reads it finds it as it is then."""
+    federation = configured(compose("method=gwpf"))
+    played = federation.server.fit_round(1, None)
+    assert played is not None and isinstance(played[0], Parameters)
+    federation.strategy.weights += 1
+    expected = federation.strategy.parameters()
+    assert played[0].tensors == expected.tensors
+    assert played[0].tensor_type == expected.tensor_type
+
+
 def test_records_hold_what_was_measured() -> None:
     """What was not measured is empty, never zero; losses are the clients' mean."""
     measured: list[tuple[int, torch.Tensor]] = []

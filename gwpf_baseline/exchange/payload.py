@@ -153,7 +153,7 @@ class Writer(Sections):
 
     def payload(self) -> bytes:
         """Return all bytes."""
-        return self._header.pack(self.kind) + self.code()
+        return b"".join([self._header.pack(self.kind), *self._parts])
 
 
 class Reader:

@@ -25,7 +25,7 @@ from flwr.common import (
     Status,
 )
 
-from gwpf_baseline.exchange.coding import WireError
+from gwpf_baseline.exchange.coding import Buffer, WireError
 from gwpf_baseline.exchange.header import Header, Kind
 from gwpf_baseline.exchange.payload import (
     Part,
@@ -127,18 +127,40 @@ class SyncClient(MethodClient, NumPyClient):
         WireError
             The payload is not of this method, model or release.
         """
+        answer, num_examples, metrics = self.answer(parameters[0].data, config)
+        return [np.frombuffer(answer, np.uint8)], num_examples, metrics
+
+    def answer(
+        self, payload: Buffer, config: dict[str, Scalar]
+    ) -> tuple[bytes, int, dict[str, Scalar]]:
+        """Do what :meth:`fit` does, from payload to payload.
+
+        Parameters
+        ----------
+        payload : bytes or memoryview
+            The server's payload.
+        config : dict
+            As of :meth:`fit`.
+
+        Returns
+        -------
+        payload : bytes
+            The answer's.
+        num_examples, metrics : object
+            As of :meth:`fit`.
+        """
         started = time.perf_counter()
         self.server_round = _whole_number(config, "round", 1)
         committed = _whole_number(config, "committed", 0)
         state = self.load_state(committed)
-        reader = Reader(parameters[0].data, self.name, self.initial.numel())
+        reader = Reader(payload, self.name, self.initial.numel())
         try:
             task = self.follow(reader, state)
         except LostState as lost:
             # As it was: the message may have been followed half the way.
             self._settle_for_good(reader.header, self.load_state(committed))
             header = self._header(reader.header, Kind.LOST, lost.version)
-            return _arrays(Writer(header)), len(self.batches), {}
+            return Writer(header).payload(), len(self.batches), {}
         writer = Writer(self._header(task.header, Kind.UPDATE, state.version, task))
         try:
             loss = self.upload(task, state, writer)
@@ -149,7 +171,7 @@ class SyncClient(MethodClient, NumPyClient):
             log.warning("round %d did not stay finite: dropped", self.server_round)
             state.save(self.context)
             header = self._header(task.header, Kind.DIVERGED, state.version)
-            return _arrays(Writer(header)), len(self.batches), {}
+            return Writer(header).payload(), len(self.batches), {}
         metrics: dict[str, Scalar] = {}
         if loss is not None:
             metrics["train_loss"] = loss
@@ -160,7 +182,7 @@ class SyncClient(MethodClient, NumPyClient):
                 writer.vector(buffers.numpy(), Part.BUFFERS)
         state.save(self.context)
         metrics["compute_seconds"] = time.perf_counter() - started
-        return _arrays(writer), len(self.batches), metrics
+        return writer.payload(), len(self.batches), metrics
 
     def follow(self, reader: Reader, state: ClientState) -> Task:
         """Bring the client's copy of the model up to date.
@@ -289,7 +311,7 @@ class SyncClient(MethodClient, NumPyClient):
         if "weights" in state.arrays and held >= header.base:
             # What the server sends are values, not differences: holding more than it
             # knows of (its client's answer got lost) does no harm.
-            return torch.from_numpy(state.arrays["weights"])
+            return torch.from_numpy(state.own("weights"))
         if header.base > 0:
             raise LostState(0)
         if header.checksum != vector_checksum(self.initial.numpy()):
@@ -323,10 +345,6 @@ def _all_finite(state: ClientState) -> bool:
     return not spoilt
 
 
-def _arrays(writer: Writer) -> NDArrays:
-    return [np.frombuffer(writer.payload(), np.uint8)]
-
-
 class _PayloadClient(Client):
     """What Flower calls: takes payloads out of its messages and puts them in.
 
@@ -339,9 +357,9 @@ class _PayloadClient(Client):
 
     def fit(self, ins: FitIns) -> FitRes:
         """Let the client answer a message."""
-        message = np.frombuffer(from_parameters(ins.parameters), np.uint8)
-        (answer,), num_examples, metrics = self.client.fit([message], ins.config)
-        parameters = to_parameters(answer.tobytes())
+        payload = from_parameters(ins.parameters)
+        answer, num_examples, metrics = self.client.answer(payload, ins.config)
+        parameters = to_parameters(answer)
         return FitRes(Status(Code.OK, ""), parameters, num_examples, metrics)
 
     def get_properties(self, ins: GetPropertiesIns) -> GetPropertiesRes:

@@ -66,8 +66,12 @@ class FlatModel:
     def is_finite(self) -> bool:
         """Tell whether all parameters and buffers are finite."""
         tensors = [self.vector.detach(), *sent_buffers(self.module)]
-        # A sum in float64 is finite exactly if every value is: one pass, no mask.
-        return all(math.isfinite(t.sum(dtype=torch.float64)) for t in tensors)
+        # A sum in float64 is finite exactly if every value is: no mask. One in float32,
+        # which is 30 times faster, may be infinite where no value is.
+        return all(
+            math.isfinite(t.sum()) or math.isfinite(t.sum(dtype=torch.float64))
+            for t in tensors
+        )
 
     @torch.no_grad()
     def load(self, weights: torch.Tensor, buffers: torch.Tensor) -> None:
@@ -281,6 +285,27 @@ def to_ndarrays(
         if id(tensor) not in pieces:
             pieces[id(tensor)] = tensor.detach().cpu().numpy()
     return [pieces[id(tensor)] for tensor in state]
+
+
+def gather(values: np.ndarray, mask: BoolVector) -> np.ndarray:
+    """Return the values in a mask: ``values[mask]``, in a third of its time at worst.
+
+    Parameters
+    ----------
+    values : numpy.ndarray
+        ``(d,)``.
+    mask : numpy.ndarray
+        bool ``(d,)``.
+
+    Returns
+    -------
+    numpy.ndarray
+        ``(k,)``, of the same type.
+    """
+    gathered = np.empty(np.count_nonzero(mask), values.dtype)
+    for index, part in cache_blocks(mask):
+        gathered[part] = values.take(index)
+    return gathered
 
 
 def cache_blocks(mask: BoolVector) -> Iterator[tuple[np.ndarray, slice]]:

@@ -17,6 +17,7 @@ from gwpf_baseline.exchange.quantization import Quantization
 from gwpf_baseline.learning.flat_model import (
     FlatModel,
     Layer,
+    gather,
     layers,
     values_per_layer,
 )
@@ -183,7 +184,7 @@ class MethodClient(ABC):
         if header.kind is Kind.CHANGES:
             changed = reader.bitmap(weights.size)
         elif state.uploaded == header.used and "sent" in state.arrays:
-            changed = state.arrays["sent"]
+            changed = self.sent(state)
         else:
             raise LostState(-1)
         weights[changed] = self.read_values(reader, int(np.count_nonzero(changed)))
@@ -243,10 +244,9 @@ class MethodClient(ABC):
         state : ClientState
             Holds the residual, and the note of the upload.
         """
-        residual = state.arrays.get("residual")
-        if residual is not None:
-            sent = state.arrays.get("sent", slice(None))
-            residual[sent] = state.arrays.get("left_out", 0.0)
+        if "residual" in state.arrays:
+            sent = self.sent(state) if "sent" in state.arrays else slice(None)
+            state.own("residual")[sent] = state.arrays.get("left_out", 0.0)
 
     # ---- what a method can call ---------------------------------------------------
 
@@ -312,7 +312,9 @@ class MethodClient(ABC):
             raise DivergedError
         for name, value in moments.items():
             state.arrays[f"moment.{name}"] = value
-        return self.model.vector.detach().cpu() - start, loss
+        # By NumPy, which takes large pages of memory for a large result.
+        delta = self.model.vector.detach().cpu().numpy() - start.numpy()
+        return torch.from_numpy(delta), loss
 
     def residual(self, state: ClientState) -> FloatVector:
         """Return what the client learned and the server has not used, to be added to.
@@ -330,7 +332,7 @@ class MethodClient(ABC):
         """
         if "residual" not in state.arrays:
             state.arrays["residual"] = np.zeros(self.initial.numel(), np.float32)
-        return state.arrays["residual"]
+        return state.own("residual")
 
     def with_left_out(self, state: ClientState, update: FloatVector) -> FloatVector:
         """Return an update with what rounding left out of those before it.
@@ -374,7 +376,7 @@ class MethodClient(ABC):
         mask : numpy.ndarray, optional
             bool ``(d,)``, the coordinates to send; default: all.
         """
-        values = update if mask is None else update[mask]
+        values = update if mask is None else gather(update, mask)
         if self.quantization.exact_updates:
             self.quantization.write_update(writer, values, [values.size])
             self.note_sent(state, mask)
@@ -401,7 +403,13 @@ class MethodClient(ABC):
             float32 ``(k,)``, how much less of them the server gets than was due, since
             they are rounded; default: they are not.
         """
-        for name, value in (("sent", mask), ("left_out", left_out)):
+        packed = None if mask is None else np.packbits(mask)
+        for name, value in (("sent", packed), ("left_out", left_out)):
             state.arrays.pop(name, None)
             if value is not None:
                 state.arrays[name] = value
+
+    def sent(self, state: ClientState) -> BoolVector:
+        """Return the coordinates that :meth:`note_sent` has noted, bool ``(d,)``."""
+        bits = np.unpackbits(state.arrays["sent"], count=self.initial.numel())
+        return bits.view(np.bool_)

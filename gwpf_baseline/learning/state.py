@@ -39,17 +39,19 @@ class ClientState:
     cursor : int, default 0
         Samples drawn so far.
     arrays : dict of str to numpy.ndarray
-        ``weights`` float32 ``(d,)``, the global model as it knows it; ``sent`` bool
-        ``(d,)``, the coordinates of its last upload, and ``left_out`` float32 ``(k,)``,
-        what rounding left out of them; ``residual`` float32 ``(d,)``, what it learned
-        and the server has not used; ``moment.*``, the optimiser's state. Each only
-        where it is needed.
+        ``weights`` float32 ``(d,)``, the global model as it knows it; ``sent`` uint8
+        ``(ceil(d / 8),)``, the coordinates of its last upload, a bit each, and
+        ``left_out`` float32 ``(k,)``, what rounding left out of them; ``residual``
+        float32 ``(d,)``, what it learned and the server has not used; ``moment.*``, the
+        optimiser's state. Each only where it is needed. Those that were loaded are
+        read-only: see :meth:`own`.
     """
 
     version: int = 0
     uploaded: int = 0
     cursor: int = 0
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    _loaded: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     @classmethod
     def load(cls, context: Context) -> "ClientState | None":
@@ -58,21 +60,42 @@ class ClientState:
             return None
         values: dict[str, Any] = dict(context.state.config_records[_VALUES])
         arrays = {
-            # A copy, since the state is worked on.
-            name: np.frombuffer(array.data, array.dtype).reshape(array.shape).copy()
+            name: np.frombuffer(array.data, array.dtype).reshape(array.shape)
             for name, array in context.state.array_records[_ARRAYS].items()
         }
-        return cls(**values, arrays=arrays)
+        return cls(**values, arrays=arrays, _loaded=dict(arrays))
 
     def save(self, context: Context) -> None:
-        """Write the state into a Flower context."""
+        """Write the state into the Flower context that it is of.
+
+        What is as it was loaded is not copied.
+        """
+        records = context.state.array_records
+        before = records[_ARRAYS] if _ARRAYS in records else ArrayRecord()
         context.state.config_records[_VALUES] = ConfigRecord(self.values())
-        context.state.array_records[_ARRAYS] = ArrayRecord(
+        records[_ARRAYS] = ArrayRecord(
             {
-                name: Array(str(value.dtype), value.shape, _AS_IT_IS, value.tobytes())
+                name: before[name] if value is self._loaded.get(name) else _array(value)
                 for name, value in self.arrays.items()
             }
         )
+
+    def own(self, name: str) -> np.ndarray:
+        """Return an array to be changed in place: of what was loaded, a copy.
+
+        Parameters
+        ----------
+        name : str
+            One of `arrays`.
+
+        Returns
+        -------
+        numpy.ndarray
+            The array, which is the state's from now on.
+        """
+        if self.arrays[name] is self._loaded.pop(name, None):
+            self.arrays[name] = self.arrays[name].copy()
+        return self.arrays[name]
 
     def values(self) -> dict[str, Any]:
         """Return the counters."""
@@ -112,10 +135,15 @@ class ClientState:
         if values.pop("client", None) != client:
             raise StateError(f"it is not client {client}'s")
         check_like(values, cls().values())
+        whole = {
+            "weights": dimension,
+            "residual": dimension,
+            "sent": -(-dimension // 8),
+        }
         for name, array in arrays.items():
-            whole = name in ("weights", "sent", "residual")
-            if array.size > dimension or (whole and array.shape != (dimension,)):
-                raise StateError(f"{name} has {array.size} values, not {dimension}")
+            size = whole.get(name, dimension)
+            if array.size > size or (name in whole and array.shape != (size,)):
+                raise StateError(f"{name} has {array.size} values, not {size}")
             if not is_finite(array):
                 raise StateError(f"{name} is not finite")
         return cls(**values, arrays=arrays)
@@ -133,3 +161,7 @@ class ClientState:
             for name, value in self.arrays.items()
             if name.startswith(prefix)
         }
+
+
+def _array(value: np.ndarray) -> Array:
+    return Array(str(value.dtype), value.shape, _AS_IT_IS, value.tobytes())

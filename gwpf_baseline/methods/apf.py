@@ -40,8 +40,9 @@ from gwpf_baseline.utils import (
 
 # Checks for which `fixed` freezes (section VII-E).
 FIXED_PERIOD = 10
-# Checks that no run lives to see: the longest period, and that of `permanent`.
-_FOREVER = 2**30
+# The longest period, that of `permanent`, and the last check that ends one: as far as
+# 16 bits count. That is 327,675 rounds at the defaults.
+_FOREVER = 2**16 - 1
 # The aggressive variant freezes with probability round / 2000, at most a half.
 _AGGRESSIVE_ROUNDS, _AGGRESSIVE_LIMIT = 2000, 0.5
 
@@ -159,7 +160,7 @@ class FreezingSchedule:
     Parameters
     ----------
     weights : numpy.ndarray
-        float32 ``(d,)``, the initial global model.
+        float32 ``(d,)``, the initial global model, which becomes the first reference.
     config : APFConfig
         The hyper-parameters.
     seed : int
@@ -176,7 +177,7 @@ class FreezingSchedule:
     reference : numpy.ndarray
         float32 ``(d,)``, the global model at the last check.
     period, deadline : numpy.ndarray
-        int32 ``(d,)``, each coordinate's last freezing period, and the check that ends
+        uint16 ``(d,)``, each coordinate's last freezing period, and the check that ends
         it.
     """
 
@@ -186,9 +187,9 @@ class FreezingSchedule:
         self.exchange = 0
         self.checks = 0
         self.stability = Stability(weights.size, config.ema, config.threshold)
-        self.reference = weights.copy()
-        self.period = np.zeros(weights.size, np.int32)
-        self.deadline = np.zeros(weights.size, np.int32)
+        self.reference = weights
+        self.period = np.zeros(weights.size, np.uint16)
+        self.deadline = np.zeros(weights.size, np.uint16)
 
     def observe(self, exchange: int, weights: FloatVector) -> None:
         """See the outcome of an exchange, and check the stability if it is time.
@@ -201,7 +202,7 @@ class FreezingSchedule:
             float32 ``(d,)``, the global model after it.
         """
         self.exchange = exchange
-        if exchange == 0 or exchange % self.config.check_every:
+        if not self.checks_at(exchange):
             return
         live = self.deadline <= self.checks
         self.checks += 1
@@ -209,11 +210,16 @@ class FreezingSchedule:
             current = weights[index]
             stable = self.stability.observe(index, current - self.reference[index])
             self.reference[index] = current
-            period = next_period(self.period[index], stable, self.config.control)
+            last = self.period[index].astype(np.int32)
+            period = next_period(last, stable, self.config.control)
             self.period[index] = period
-            self.deadline[index] = self.checks + period
+            self.deadline[index] = np.minimum(self.checks + period, _FOREVER)
         frozen = np.count_nonzero(self.deadline > self.checks)
         self.stability.tighten(frozen / self.deadline.size)
+
+    def checks_at(self, exchange: int) -> bool:
+        """Tell whether the stability is checked after an exchange."""
+        return exchange > 0 and exchange % self.config.check_every == 0
 
     def active(self) -> BoolVector:
         """Return which coordinates the next exchange synchronises, bool ``(d,)``."""
@@ -268,7 +274,8 @@ class APFStrategy(SyncStrategy[FloatVector]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.schedule = FreezingSchedule(self.weights.numpy(), self.config, self.seed)
+        initial = self.weights.numpy().copy()
+        self.schedule = FreezingSchedule(initial, self.config, self.seed)
         self.in_step: set[int] = set()
         self.mask = np.ones(self.dimension, np.bool_)
         self.value_sum = torch.zeros(0)
@@ -350,23 +357,27 @@ class APFClient(SyncClient):
         self, header: Header, weights: torch.Tensor, state: ClientState
     ) -> BoolVector:
         """Run the schedule on the model that has just arrived."""
-        seed = self.batches.seed
-        schedule = FreezingSchedule(self.initial.numpy(), self.config, seed)
         last = header.exchange - 1
+        schedule = self._schedule(state, last)
         if last > 0:
-            saved = {
-                name.removeprefix(_PREFIX): array
-                for name, array in state.arrays.items()
-                if name.startswith(_PREFIX)
-            }
-            if saved:
-                schedule.load_state(saved)
             if schedule.exchange != last - 1:
                 raise LostState(0)
             schedule.observe(last, weights.numpy())
         for name, array in schedule.state().items():
             state.arrays[_PREFIX + name] = array
         return schedule.active()
+
+    def _schedule(self, state: ClientState, last: int) -> FreezingSchedule:
+        """Return the schedule that this client keeps, before it sees an exchange."""
+        names = [name for name in state.arrays if name.startswith(_PREFIX)]
+        initial, seed = self.initial.numpy(), self.batches.seed
+        if not names or last == 0:
+            return FreezingSchedule(initial.copy(), self.config, seed)
+        schedule = FreezingSchedule(initial, self.config, seed)
+        # Between checks it stays as it is, and where it is.
+        take = state.own if schedule.checks_at(last) else state.arrays.__getitem__
+        schedule.load_state({name.removeprefix(_PREFIX): take(name) for name in names})
+        return schedule
 
     def upload(self, task: Task, state: ClientState, writer: Writer) -> float:
         """Train what is not frozen, and send it."""

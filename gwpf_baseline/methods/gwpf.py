@@ -17,7 +17,7 @@ import torch
 
 from gwpf_baseline.exchange.payload import Reader, Writer, as_tensor
 from gwpf_baseline.learning.client import SyncClient
-from gwpf_baseline.learning.flat_model import cache_blocks
+from gwpf_baseline.learning.flat_model import cache_blocks, gather
 from gwpf_baseline.learning.method_client import Task, drifted
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.methods import Method
@@ -148,7 +148,7 @@ def importance_votes(accumulated: FloatVector, fraction: float) -> BoolVector:
         return np.zeros(0, np.bool_)
     count = share(fraction, size.size)
     least = np.partition(size, size.size - count)[size.size - count]
-    return (size >= least) & (size > 0)
+    return size >= least if least > 0 else size > 0
 
 
 def consistency_votes(
@@ -327,9 +327,8 @@ class GWPFStrategy(SyncStrategy[GWPFUpload]):
         if self.follow_up:
             self.mask = self.mask | torch.from_numpy(keep)
         else:
-            thawed, elected = np.zeros_like(asked), self._elected()
-            for index, part in cache_blocks(~asked):
-                thawed[index] = elected[part]
+            thawed = np.zeros_like(asked)
+            thawed[~asked] = self._elected()
             self.thawed = torch.from_numpy(thawed)
             same_round = self.config.thaw_exchange == "same_round"
             self.mask = torch.from_numpy(keep if same_round else keep | thawed)
@@ -407,15 +406,16 @@ class GWPFClient(SyncClient):
             path = _Path(start.to(self.model.device))
             delta, loss = self.train(start, task, state, path.step)
             votes = consistency_votes(
-                delta.numpy()[frozen],
-                path.length.cpu().numpy()[frozen],
+                gather(delta.numpy(), frozen),
+                gather(path.length.cpu().numpy(), frozen),
                 self.config.thaw_threshold,
             )
             residual += delta.numpy()
         else:
             delta, loss = self.train(start, task, state)
             residual += delta.numpy()
-            votes = importance_votes(residual[frozen], self.config.vote_fraction)
+            accumulated = gather(residual, frozen)
+            votes = importance_votes(accumulated, self.config.vote_fraction)
         writer.bitmap(votes)
         return loss
 

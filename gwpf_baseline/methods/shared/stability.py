@@ -100,7 +100,7 @@ class Stability:
     def _move(
         self, average: FloatVector, index: np.ndarray, value: FloatVector
     ) -> FloatVector:
-        moved = average[index]
+        moved: FloatVector = average.take(index)
         moved *= self._keep
         moved += self._rate * value
         average[index] = moved
