@@ -511,7 +511,7 @@ def test_a_residual_beyond_all_floats_is_forgotten() -> None:
     federation.play()
     node = federation.nodes[1]
     state = node.state
-    state.arrays["residual"][:] = np.inf
+    state.own("residual")[:] = np.inf
     state.save(node.context)
     assert [federation.play().failures for _ in range(3)] == [1, 0, 0]
     assert np.isfinite(node.state.arrays["residual"]).all()
