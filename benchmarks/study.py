@@ -9,15 +9,19 @@ python benchmarks/study.py apf --jobs 2
 
 import argparse
 import hashlib
+import io
+import logging
 import os
 import shlex
-import subprocess
 import sys
 import time
 import tomllib
+import traceback
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -25,6 +29,8 @@ import yaml
 from _common import REPOSITORY, add_data_option
 from rich.console import Console
 
+from gwpf_baseline.config import checked, compose_config
+from gwpf_baseline.main import run_experiment
 from gwpf_baseline.records.target import check_target
 from gwpf_baseline.report.figures import FIGURES, caption, draw_figure
 from gwpf_baseline.report.groups import check_comparable
@@ -140,36 +146,46 @@ def read_study(name: str) -> Study:
 
 def run_all(jobs: Sequence[Job], at_a_time: int, data: Path) -> list[str]:
     """Run what is not there yet; return what to say of the runs that failed."""
-    environment = {**os.environ, "GWPF_DATA": str(data.absolute())}
+    os.environ["GWPF_DATA"] = str(data.absolute())
     console, started, failed = Console(), time.monotonic(), []
-
-    def run(job: Job) -> None:
-        done = subprocess.run(
-            # Each in a process of its own, without Ray: to the bit the same results.
-            [sys.executable, *arguments_of(job), "backend=local"],
-            cwd=REPOSITORY,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            failed.append(f"{job.folder}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-        minutes = (time.monotonic() - started) / 60
-        console.print(f"{minutes:5.1f} min  {' '.join(job.overrides)}", highlight=False)
-
     todo = [job for job in jobs if not (job.folder / "summary.json").is_file()]
-    with ThreadPoolExecutor(at_a_time) as pool:
+    # Processes that import but once, and that nothing of this one gets into.
+    with ProcessPoolExecutor(
+        at_a_time, get_context("spawn"), initializer=logging.disable
+    ) as pool:
+        running = {pool.submit(run_one, job): job for job in todo}
         try:
-            list(pool.map(run, todo))
+            for done in as_completed(running):
+                job, error = running[done], done.result()
+                if error:
+                    failed.append(f"{job.folder}: {error}")
+                minutes = (time.monotonic() - started) / 60
+                line = f"{minutes:5.1f} min  {' '.join(job.overrides)}"
+                console.print(line, highlight=False)
+        except BrokenProcessPool:
+            failed.append("a process was killed; what is not there is run next time")
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
     return failed
 
 
+def run_one(job: Job) -> str:
+    """Run a job in this process, without Ray: to the bit the same results.
+
+    Returns what has failed.
+    """
+    try:
+        cfg = checked(compose_config([*job.overrides, "backend=local"]))
+        run_experiment(cfg, job.folder, Console(file=io.StringIO()))
+    # Whatever it is: the others go on.
+    except Exception:  # pylint: disable=broad-exception-caught
+        return traceback.format_exc()[-4000:]
+    return ""
+
+
 def arguments_of(job: Job) -> list[str]:
-    """Return the arguments of Python that do a run."""
+    """Return the arguments of Python that do the same on Ray."""
     return ["-m", "gwpf_baseline.main", *job.overrides, f"hydra.run.dir={job.folder}"]
 
 

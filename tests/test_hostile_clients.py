@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -472,10 +472,12 @@ class Feverish(Batches):
 
     ill_at = -1
 
-    def batch(self, cursor: int, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what it should, or NaN."""
-        x, y = super().batch(cursor, *args)
-        return (x * float("nan") if cursor == self.ill_at else x), y
+    def draw(
+        self, cursor: int, *args: Any
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield what it should, or NaN."""
+        for x, y in super().draw(cursor, *args):
+            yield (x * float("nan") if cursor == self.ill_at else x), y
 
 
 @pytest.mark.parametrize("method", [*METHODS, "fedpm"])

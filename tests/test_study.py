@@ -1,17 +1,21 @@
 """Studies: pages whose tables come from the runs that they name, and from no others."""
 
+import io
 import shutil
-import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from finished_runs import RECORDS, make_run
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from gwpf_baseline.config import checked, compose_config
+from gwpf_baseline.main import run_experiment
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.append(str(REPOSITORY / "benchmarks"))
@@ -85,32 +89,31 @@ def run_study(root: Path, *options: str) -> int:
 
 
 class Runner:  # pylint: disable=too-few-public-methods
-    """Stands for `subprocess.run`: leaves a finished run, or fails."""
+    """Stands for `run_one`: leaves a finished run, or fails."""
 
     def __init__(self) -> None:
         self.overrides: list[list[str]] = []
         self.fails = ""
         self._composing = threading.Lock()
 
-    def __call__(self, command: list[str], **_: Any) -> Any:
+    def __call__(self, job: study.Job) -> str:
         """Make the run's folder."""
-        assert command[:3] == [sys.executable, "-m", "gwpf_baseline.main"]
-        *overrides, folder, backend = command[3:]
-        assert backend == "backend=local"
-        self.overrides.append(overrides)
-        if self.fails and self.fails in overrides:
-            return subprocess.CompletedProcess(command, 1, "", "it broke")
-        values: dict[str, Any] = {"seed": int(overrides[-1].removeprefix("seed="))}
+        self.overrides.append(job.overrides)
+        if self.fails and self.fails in job.overrides:
+            return "it broke"
         with self._composing:
-            make_run(Path(folder.removeprefix("hydra.run.dir=")), *overrides, **values)
-        return subprocess.CompletedProcess(command, 0, "", "")
+            make_run(job.folder, *job.overrides, seed=job.seed)
+        return ""
 
 
 @pytest.fixture(name="runner")
 def make_runner(monkeypatch: pytest.MonkeyPatch) -> Runner:
-    """Run nothing in earnest."""
+    """Run nothing in earnest, in threads."""
     runner = Runner()
-    monkeypatch.setattr(study.subprocess, "run", runner)
+    monkeypatch.setattr(study, "run_one", runner)
+    monkeypatch.setattr(
+        study, "ProcessPoolExecutor", lambda size, *_, **__: ThreadPoolExecutor(size)
+    )
     return runner
 
 
@@ -153,6 +156,28 @@ def test_what_is_there_is_not_run_again(root: Path, runner: Runner) -> None:
     next(root.glob("outputs/*/*/1/summary.json")).unlink()
     assert run_study(root) == 0
     assert len(runner.overrides) == 5
+
+
+def test_real_runs(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those that share a process come out as alone; one that cannot be, is named."""
+    common = {"seeds": 2, "num_rounds": 2, "num_clients": 3, "local_steps": 1}
+    rows = {"a": {"method": "fedavg"}, "b": {}, "c": {"dataset": "nowhere"}}
+    table = {"columns": ["MB up"], "rows": rows, "common": common}
+    write_study(root, {**STUDY, "tables": {"second": table}})
+    assert run_study(root, "--jobs", "2") == 1
+    errors = capsys.readouterr().err
+    assert errors.count("dataset=nowhere: must be one of") == 2
+    assert "second is left as it was: 2 of its 6 runs are not there" in errors
+    done = [file.parent for file in root.glob("outputs/*/*/*/summary.json")]
+    assert len(done) == 4
+
+    for number, folder in enumerate(done):
+        cfg = OmegaConf.load(folder / "config.yaml")
+        assert isinstance(cfg, DictConfig)
+        alone = root / "alone" / str(number)
+        run_experiment(checked(cfg), alone, Console(file=io.StringIO()))
+        for name in ("config.yaml", "model.safetensors"):
+            assert (alone / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_other_overrides_are_another_run(root: Path, runner: Runner) -> None:

@@ -1,5 +1,6 @@
 """What a model sees: decoded examples, normalised and augmented a batch at a time."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,13 +150,17 @@ def prepare(
         inputs = _augment(inputs, generator)
     if data.mean is None or data.std is None:
         return inputs
-    mean, std = (
-        torch.tensor(values, device=inputs.device) for values in (data.mean, data.std)
-    )
+    mean, std = _statistics(data, inputs.device)
     values = inputs.to(torch.float32)
     if inputs.dtype == torch.uint8:
         values.div_(255)
     return values.sub_(mean).div_(std)
+
+
+@functools.lru_cache(maxsize=1)
+def _statistics(data: TaskData, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Keep mean and std where they are needed: a GPU would wait for them each time."""
+    return tuple(torch.tensor(x, device=device) for x in (data.mean, data.std))
 
 
 def _augment(images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:

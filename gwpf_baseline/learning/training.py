@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -157,46 +157,69 @@ class Batches:
         """Return the number of the client's examples."""
         return len(self.indices)
 
-    def rows(self, cursor: int, batch_size: int) -> np.ndarray:
+    def rows(self, cursor: int, count: int) -> np.ndarray:
         """Return the data rows at a position of the stream.
 
         Parameters
         ----------
         cursor : int
             Samples drawn so far.
-        batch_size : int
+        count : int
             Samples to draw.
 
         Returns
         -------
         numpy.ndarray
-            int64 ``(batch_size,)``.
+            int64 ``(count,)``.
         """
-        rows = np.empty(batch_size, np.int64)
+        rows = np.empty(count, np.int64)
         filled = 0
-        while filled < batch_size:
+        while filled < count:
             epoch, start = divmod(cursor + filled, len(self))
             if epoch != self._epoch:
                 seed = derive_seed(self.seed, "order", self.client, epoch)
                 self._order = np.random.default_rng(seed).permutation(self.indices)
                 self._epoch = epoch
-            part = self._order[start : start + batch_size - filled]
+            part = self._order[start : start + count - filled]
             rows[filled : filled + len(part)] = part
             filled += len(part)
         return rows
 
-    def batch(
+    def draw(
         self,
         cursor: int,
         batch_size: int,
+        steps: int,
         device: torch.device,
         generator: torch.Generator,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the normalised inputs and targets at a position of the stream."""
-        rows = self.rows(cursor, batch_size)
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the batches of a round, normalised and augmented one by one.
+
+        Parameters
+        ----------
+        cursor : int
+            Samples drawn so far.
+        batch_size : int
+            Samples of a batch.
+        steps : int
+            Batches.
+        device : torch.device
+            Where to; all that the round needs goes there at once.
+        generator : torch.Generator
+            For the augmentation.
+
+        Yields
+        ------
+        inputs, targets : torch.Tensor
+            Of one batch.
+        """
+        rows = self.rows(cursor, steps * batch_size)
         inputs = torch.from_numpy(self.data.train_inputs[rows]).to(device)
         targets = torch.from_numpy(self.data.train_targets[rows]).to(device)
-        return prepare(inputs, self.data, self.augment, generator), targets
+        for x, y in zip(
+            inputs.split(batch_size), targets.split(batch_size), strict=True
+        ):
+            yield prepare(x, self.data, self.augment, generator), y
 
 
 def train(
@@ -248,9 +271,9 @@ def train(
     total = torch.zeros((), device=model.device)
     steps = config.steps(len(batches))
     model.module.train()
-    for _ in range(steps):
-        x, y = batches.batch(cursor, config.batch_size, model.device, generator)
-        cursor += config.batch_size
+    for x, y in batches.draw(
+        cursor, config.batch_size, steps, model.device, generator
+    ):
         model.zero_grad()
         with _autocast(config.precision, model.device):
             loss = functional.cross_entropy(*_flat(model.module(x), y))
@@ -262,7 +285,7 @@ def train(
         if on_step is not None:
             on_step(model.vector.detach())
     saved = optimizer.moments() if config.persist_optimizer else {}
-    return float(total) / steps, cursor, saved
+    return float(total) / steps, cursor + steps * config.batch_size, saved
 
 
 @torch.no_grad()
