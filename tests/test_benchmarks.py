@@ -28,6 +28,10 @@ ON_DATA = {
         ["--model=lenet5", *SMALL, "--parallel=1"],
         "A round of lenet5 on",
     ),
+    "many_clients.py": (
+        ["--lenet5=12", "--resnet18=0", "--repeats=1"],
+        "Memory of a simulated client",
+    ),
     "overhead.py": (
         ["--models", "lenet5", "--clients=1", "--rounds=1"],
         "A round of lenet5: ",

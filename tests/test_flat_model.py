@@ -10,10 +10,10 @@ from federation import small_net
 from torch import nn
 from torch.nn import functional
 
+from gwpf_baseline.coordinates import gather, scatter
 from gwpf_baseline.learning.flat_model import (
     FlatModel,
     buffers_to_vector,
-    gather,
     parameters_to_vector,
     to_ndarrays,
     vector_to_buffers,
@@ -173,7 +173,7 @@ def test_shared_parameters_are_exchanged_once_and_returned_twice() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.6, 1.0])
-def test_gather_is_what_a_mask_chooses(share: float) -> None:
+def test_gather_and_scatter_are_what_a_mask_chooses(share: float) -> None:
     """Over more coordinates than are worked on at a time."""
     rng = np.random.default_rng(0)
     values = rng.normal(size=100_000).astype(np.float32)
@@ -181,3 +181,6 @@ def test_gather_is_what_a_mask_chooses(share: float) -> None:
     chosen = gather(values, mask)
     assert chosen.dtype == np.float32
     np.testing.assert_array_equal(chosen, values[mask])
+    target = np.zeros_like(values)
+    scatter(chosen, mask, target)
+    np.testing.assert_array_equal(target, np.where(mask, values, 0))

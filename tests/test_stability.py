@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.testing import assert_allclose, assert_array_equal
 
-from gwpf_baseline.learning.flat_model import cache_blocks
+from gwpf_baseline.coordinates import cache_blocks
 from gwpf_baseline.methods.shared.stability import TIGHTEN_SHARE, Stability, is_stable
 
 COARSE_VALUE = st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0])

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from flwr.common import Parameters
 
+from gwpf_baseline.coordinates import cache_blocks
 from gwpf_baseline.exchange.coding import WireError
 from gwpf_baseline.exchange.header import Header, Kind
 from gwpf_baseline.exchange.payload import (
@@ -152,7 +153,11 @@ class Messages:
 
     def close(self, changed: BoolVector | slice) -> None:
         """Note which coordinates the exchange has changed, bool ``(d,)`` or a slice."""
-        self.last_changed[changed] = self.exchange
+        if isinstance(changed, slice):
+            self.last_changed[changed] = self.exchange
+        else:
+            for index, _ in cache_blocks(changed):
+                self.last_changed[index] = self.exchange
         self._written = {}
 
     def write(self, client: int, with_mask: bool) -> Message:

@@ -1,17 +1,14 @@
 """A model as one flat vector of trainable parameters, and its buffers as another."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from gwpf_baseline.utils import BoolVector, FloatVector
-
-# Coordinates that are worked on at a time: some vectors of them fit any L2 cache.
-_BLOCK = 2**15
+from gwpf_baseline.utils import FloatVector
 
 
 class FlatModel:
@@ -285,50 +282,3 @@ def to_ndarrays(
         if id(tensor) not in pieces:
             pieces[id(tensor)] = tensor.detach().cpu().numpy()
     return [pieces[id(tensor)] for tensor in state]
-
-
-def gather(values: np.ndarray, mask: BoolVector) -> np.ndarray:
-    """Return the values in a mask: ``values[mask]``, in a third of its time at worst.
-
-    Parameters
-    ----------
-    values : numpy.ndarray
-        ``(d,)``.
-    mask : numpy.ndarray
-        bool ``(d,)``.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(k,)``, of the same type.
-    """
-    gathered = np.empty(np.count_nonzero(mask), values.dtype)
-    for index, part in cache_blocks(mask):
-        gathered[part] = values.take(index)
-    return gathered
-
-
-def cache_blocks(mask: BoolVector) -> Iterator[tuple[np.ndarray, slice]]:
-    """Walk through the coordinates in a mask, a block that fits the cache at a time.
-
-    Within a block, positions are faster to work with than the mask; over the whole
-    vector they would take more memory than the values.
-
-    Parameters
-    ----------
-    mask : numpy.ndarray
-        bool ``(d,)``.
-
-    Yields
-    ------
-    index : numpy.ndarray
-        int64, the block's coordinates that are in the mask.
-    part : slice
-        Where they stand among all that are.
-    """
-    stop = 0
-    for first in range(0, mask.size, _BLOCK):
-        index = np.flatnonzero(mask[first : first + _BLOCK])
-        index += first
-        start, stop = stop, stop + index.size
-        yield index, slice(start, stop)

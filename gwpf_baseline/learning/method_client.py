@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from gwpf_baseline.coordinates import gather, scatter
 from gwpf_baseline.exchange.header import Header, Kind
 from gwpf_baseline.exchange.payload import Reader, Writer
 from gwpf_baseline.exchange.quantization import Quantization
 from gwpf_baseline.learning.flat_model import (
     FlatModel,
     Layer,
-    gather,
     layers,
     values_per_layer,
 )
@@ -187,7 +187,8 @@ class MethodClient(ABC):
             changed = self.sent(state)
         else:
             raise LostState(-1)
-        weights[changed] = self.read_values(reader, int(np.count_nonzero(changed)))
+        values = self.read_values(reader, int(np.count_nonzero(changed)))
+        scatter(values, changed, weights)
 
     def read_values(self, reader: Reader, length: int) -> FloatVector:
         """Take values of the global model; undoes :meth:`SyncStrategy.write_values`.

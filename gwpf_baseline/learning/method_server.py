@@ -11,13 +11,13 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
+from gwpf_baseline.coordinates import cache_blocks, gather
 from gwpf_baseline.exchange.header import Kind
 from gwpf_baseline.exchange.messages import ClientRecord, Messages
 from gwpf_baseline.exchange.payload import Reader, Writer
 from gwpf_baseline.exchange.quantization import Quantization
 from gwpf_baseline.learning.flat_model import (
     buffers_to_vector,
-    cache_blocks,
     layers,
     parameters_to_vector,
     values_per_layer,
@@ -236,7 +236,7 @@ class MethodServer(ABC, Generic[Upload]):
             writer.kind = Kind.VALUES
         else:
             writer.bitmap(changed)
-        self.write_values(writer, self.weights.numpy()[changed])
+        self.write_values(writer, gather(self.weights.numpy(), changed))
         return True
 
     def write_values(self, writer: Writer, values: FloatVector) -> None:

@@ -101,7 +101,7 @@ class ServerOptimizer:
             float32 ``(d,)``, moved in place.
         index : numpy.ndarray or slice
             int64 ``(k,)`` or a slice of k, the coordinates; best a block of
-            :func:`gwpf_baseline.learning.flat_model.cache_blocks`.
+            :func:`gwpf_baseline.coordinates.cache_blocks`.
         update : numpy.ndarray
             float32 ``(k,)``, the clients' mean update.
         """

@@ -271,9 +271,7 @@ def train(
     total = torch.zeros((), device=model.device)
     steps = config.steps(len(batches))
     model.module.train()
-    for x, y in batches.draw(
-        cursor, config.batch_size, steps, model.device, generator
-    ):
+    for x, y in batches.draw(cursor, config.batch_size, steps, model.device, generator):
         model.zero_grad()
         with _autocast(config.precision, model.device):
             loss = functional.cross_entropy(*_flat(model.module(x), y))

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from gwpf_baseline.coordinates import cache_blocks
 from gwpf_baseline.exchange.payload import Header, Reader, Writer, as_tensor
 from gwpf_baseline.learning.client import SyncClient
-from gwpf_baseline.learning.flat_model import cache_blocks
 from gwpf_baseline.learning.method_client import LostState, Task, drifted
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.learning.training import StepHook

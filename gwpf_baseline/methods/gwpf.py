@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from gwpf_baseline.coordinates import cache_blocks, gather
 from gwpf_baseline.exchange.payload import Reader, Writer, as_tensor
 from gwpf_baseline.learning.client import SyncClient
-from gwpf_baseline.learning.flat_model import cache_blocks, gather
 from gwpf_baseline.learning.method_client import Task, drifted
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.methods import Method
@@ -328,7 +328,9 @@ class GWPFStrategy(SyncStrategy[GWPFUpload]):
             self.mask = self.mask | torch.from_numpy(keep)
         else:
             thawed = np.zeros_like(asked)
-            thawed[~asked] = self._elected()
+            elected = self._elected()
+            for index, part in cache_blocks(~asked):
+                thawed[index[elected[part]]] = True
             self.thawed = torch.from_numpy(thawed)
             same_round = self.config.thaw_exchange == "same_round"
             self.mask = torch.from_numpy(keep if same_round else keep | thawed)

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gwpf_baseline.coordinates import cache_blocks
 from gwpf_baseline.exchange.payload import Reader, Writer
 from gwpf_baseline.learning.client import SyncClient
-from gwpf_baseline.learning.flat_model import cache_blocks
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.strategy import SyncStrategy
 from gwpf_baseline.utils import BoolVector, FloatVector
