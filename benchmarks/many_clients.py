@@ -82,7 +82,7 @@ def memory(model: str, clients: int, options: Namespace) -> Sequence[Any]:
 def peak(clients: int, model: str, options: Namespace) -> float:
     """Return the most memory that a run took in which all take part, in MB."""
     # Few iterations of few examples: what is kept does not depend on them.
-    short = ["num_rounds=2", "local_steps=1", "batch_size=2"]
+    short = ["num_rounds=2", "eval_every=2", "local_steps=1", "batch_size=2"]
     most = 0.0
     with running(short, clients, model, options) as process:
         while process.poll() is None:

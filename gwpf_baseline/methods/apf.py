@@ -1,9 +1,8 @@
 """Adaptive Parameter Freezing (APF) and its strawmen.
 
 Chen, Xu, Wang, Li, Li, Chen, Zhang: Communication-Efficient Federated Learning with
-Adaptive Parameter Freezing. ICDCS 2021. The aggressive variant is that of the extended
-paper: Synchronize Only the Immature Parameters, IEEE TPDS 2023. ``docs/apf.md`` says
-what is read how.
+Adaptive Parameter Freezing. ICDCS 2021; the aggressive variant is that of section IV-D. ``docs/apf.md`` says what is
+read how.
 
 Every few synchronisations, each coordinate whose updates have begun to oscillate is
 frozen for a period: it keeps its value on all clients and is not exchanged. A period
@@ -38,7 +37,7 @@ from gwpf_baseline.utils import (
     is_whole,
 )
 
-# Checks for which `fixed` freezes (section VII-E).
+# Checks for which `fixed` freezes (section VI-C).
 FIXED_PERIOD = 10
 # The longest period, that of `permanent`, and the last check that ends one: as far as
 # 16 bits count. That is 327,675 rounds at the defaults.
@@ -68,8 +67,8 @@ class APFConfig:
         ``rollback``: a frozen coordinate returns to its value after every iteration.
         ``drift`` (the strawman of partial synchronisation): it goes on locally.
     aggressive : bool, default False
-        Whether in round K an active coordinate is also frozen with probability
-        ``min(K / 2000, 0.5)``, for that round.
+        Whether a coordinate that is not frozen after a check is so all the same with
+        probability ``min(K / 2000, 0.5)``, K the round, until the next check.
 
     Raises
     ------
@@ -147,7 +146,7 @@ def next_period(period: np.ndarray, stable: BoolVector, control: str) -> np.ndar
 
 
 def aggressive_share(server_round: int) -> float:
-    """Return the probability with which an active coordinate is frozen in a round."""
+    """Return the probability with which an unstable coordinate is frozen as well."""
     return min(server_round / _AGGRESSIVE_ROUNDS, _AGGRESSIVE_LIMIT)
 
 
@@ -206,6 +205,7 @@ class FreezingSchedule:
             return
         live = self.deadline <= self.checks
         self.checks += 1
+        rng = np.random.default_rng(derive_seed(self.seed, "aggressive", self.checks))
         for index, _ in cache_blocks(live):
             current = weights[index]
             stable = self.stability.observe(index, current - self.reference[index])
@@ -213,6 +213,10 @@ class FreezingSchedule:
             last = self.period[index].astype(np.int32)
             period = next_period(last, stable, self.config.control)
             self.period[index] = period
+            if self.config.aggressive:
+                # Its period stays: a draw tells nothing about how stable it is.
+                drawn = rng.random(index.size) < aggressive_share(exchange)
+                period = np.maximum(period, drawn)
             self.deadline[index] = np.minimum(self.checks + period, _FOREVER)
         frozen = np.count_nonzero(self.deadline > self.checks)
         self.stability.tighten(frozen / self.deadline.size)
@@ -224,11 +228,6 @@ class FreezingSchedule:
     def active(self) -> BoolVector:
         """Return which coordinates the next exchange synchronises, bool ``(d,)``."""
         active: BoolVector = self.deadline <= self.checks
-        if self.config.aggressive:
-            number = self.exchange + 1
-            rng = np.random.default_rng(derive_seed(self.seed, "aggressive", number))
-            draw = rng.random(active.size, np.float32)
-            active &= draw >= np.float32(aggressive_share(number))
         return active
 
     def state(self) -> dict[str, np.ndarray]:
