@@ -35,7 +35,7 @@ READINGS = {
     "whole periods",  # L / 2 is rounded down; as printed, half a period is a whole one
     "below",  # P < T is stable, as printed P <= T
     "still is stable",  # where there was no update at all; 0 / 0 is below nothing
-    "tightened once",  # T is halved when the share rises past 0.8, not while it is there
+    "tightened once",  # T halves when the share rises past 0.8, not while it is there
 }
 
 
@@ -167,7 +167,7 @@ def differing(readings: AbstractSet[str], drifting: int, still: int) -> float:
         if share > 0.8 and not (above and "tightened once" in readings):
             threshold /= 2
         above = share > 0.8
-        differ += np.count_nonzero(theirs != schedule.active())
+        differ += int(np.count_nonzero(theirs != schedule.active()))
     return differ / (400 * 40)
 
 

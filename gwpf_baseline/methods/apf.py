@@ -1,8 +1,8 @@
 """Adaptive Parameter Freezing (APF) and its strawmen.
 
 Chen, Xu, Wang, Li, Li, Chen, Zhang: Communication-Efficient Federated Learning with
-Adaptive Parameter Freezing. ICDCS 2021; the aggressive variant is that of section IV-D. ``docs/apf.md`` says what is
-read how.
+Adaptive Parameter Freezing. ICDCS 2021; the aggressive variant is that of section IV-D.
+``docs/apf.md`` says what is read how.
 
 Every few synchronisations, each coordinate whose updates have begun to oscillate is
 frozen for a period: it keeps its value on all clients and is not exchanged. A period
