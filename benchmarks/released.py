@@ -36,10 +36,10 @@ from unittest import mock
 import numpy as np
 import torch
 from _common import parser, show
-from flwr.common import Context, FitIns, RecordDict
-from sync_step import Vector
+from flwr.common import FitIns
+from sync_step import Vector, client_of
 
-from gwpf_baseline.config import compose_config, training_config, workbench
+from gwpf_baseline.config import compose_config
 from gwpf_baseline.exchange.header import Header, Kind
 from gwpf_baseline.exchange.messages import ClientRecord
 from gwpf_baseline.exchange.payload import Writer
@@ -47,7 +47,7 @@ from gwpf_baseline.learning import method_client
 from gwpf_baseline.learning.flat_model import FlatModel
 from gwpf_baseline.learning.method_client import Task
 from gwpf_baseline.learning.state import ClientState
-from gwpf_baseline.learning.training import Batches, StepHook
+from gwpf_baseline.learning.training import StepHook
 from gwpf_baseline.methods import load_method
 from gwpf_baseline.methods.gwpf import GWPFStrategy, GWPFUpload
 from gwpf_baseline.utils import BoolVector
@@ -212,15 +212,8 @@ class Ours:
         assert isinstance(strategy, GWPFStrategy)
         self.strategy = strategy
         self.strategy.clients[0] = ClientRecord(version=0)
-        self.client = method.client(
-            Context(0, 0, {}, RecordDict(), {}),
-            FlatModel(copy.deepcopy(model)),
-            strategy.weights.clone(),
-            # It never trains on them; they know the seed and the client's number.
-            Batches(workbench(cfg).data, np.arange(1), 0, 0),
-            training_config(cfg),
-            config=config,
-        )
+        start = strategy.weights.clone()
+        self.client = client_of(method.client, config, copy.deepcopy(model), start)
         self.state = ClientState()
         self.coded = name == "gwpf"
         self.steps, self.active = steps, torch.from_numpy(active)

@@ -39,6 +39,9 @@ from gwpf_baseline.utils import BoolVector
 ACTIVE = {"gwpf": 0.02, "gwpf_paper": 0.6, "fedavg": 1.0}
 VOTES = {"gwpf": 0.02, "gwpf_paper": 0.33}
 
+# What is wanted, where it is not that a server's step takes two dense means.
+GOALS = {"gwpf: server": "1.2", "gwpf: decode votes": "0.3"}
+
 Step = Callable[[], object]
 
 
@@ -81,6 +84,7 @@ def main() -> None:
         milliseconds, ratio = measure(step, steps["dense mean"], options.repeats)
         memory = peak(step) / (4 * options.dimension)
         goal = "2" if ": server" in name and "2n" not in name else ""
+        goal = GOALS.get(name, goal)
         rows.append((name, milliseconds, memory, ratio, goal))
     columns = ("step", "ms", "memory / d", "time / dense mean", "goal <=")
     options.threads = torch.get_num_threads()
@@ -192,16 +196,23 @@ def client_step(
                     on_step(delta)
             return delta, 0.0
 
-    context = Context(0, 0, {}, RecordDict(), {})
-    # It never trains on them; they know the seed and the client's number.
-    batches = Batches(workbench(compose_config()).data, np.arange(1), 0, 0)
-    client: SyncClient = Trained(
-        context, FlatModel(model), start, batches, training, config=config
-    )
+    client = client_of(Trained, config, model, start)
     header = Header(client.name, Kind.MODEL, 1, 0, delta.numel())
     task = Task(header, start, torch.zeros(0), mask)
     state = ClientState()
     return lambda: client.upload(task, state, Uncoded(header))
+
+
+def client_of(
+    kind: Callable[..., SyncClient], config: Any, model: nn.Module, start: torch.Tensor
+) -> SyncClient:
+    """Return a client that is not to train: it has the default's data, and one row."""
+    context = Context(0, 0, {}, RecordDict(), {})
+    cfg = compose_config()
+    # They know the seed and the client's number.
+    batches = Batches(workbench(cfg).data, np.arange(1), 0, 0)
+    training = training_config(cfg)
+    return kind(context, FlatModel(model), start, batches, training, config=config)
 
 
 def measure(step: Step, reference: Step, repeats: int) -> tuple[float, float]:

@@ -63,10 +63,9 @@ class Node(LocalNode):
         """The client's state."""
         return ClientState.load(self.context) or ClientState()
 
-    def uploaded(self, dimension: int) -> np.ndarray:
+    def uploaded(self) -> np.ndarray:
         """Return the coordinates of the last upload that the client has noted."""
-        bits = np.unpackbits(self.state.arrays["sent"], count=dimension)
-        return bits.view(np.bool_)
+        return self.build(self.context).sent(self.state)
 
     def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
         """Let the client train, unless one of the two messages gets lost."""

@@ -183,6 +183,22 @@ def test_each_reading_makes_a_difference(reading: str) -> None:
     assert differing(READINGS - {reading}, drifting=0, still=34) > 0
 
 
+def test_what_only_trembles_is_frozen_by_and_by() -> None:
+    """At the paper's threshold 16, 32 and 47 % after 20, 50 and 100 checks."""
+    rng = np.random.default_rng(0)
+    weights = np.zeros(50_000, np.float32)
+    schedule = FreezingSchedule(weights.copy(), APFConfig(check_every=1), seed=0)
+    shares = [0.0]
+    for number in range(1, 101):
+        step = rng.normal(size=weights.size).astype(np.float32)
+        active = schedule.active()
+        weights[active] += step[active]
+        schedule.observe(number, weights)
+        shares.append(1 - schedule.active().mean())
+    seen = [shares[number] for number in (20, 50, 100)]
+    np.testing.assert_allclose(seen, [0.16, 0.32, 0.47], atol=0.01)
+
+
 def test_aggressive_share_grows_to_a_half() -> None:
     """It is min(K / 2000, 0.5)."""
     assert aggressive_share(1) == 1 / 2000
@@ -247,8 +263,7 @@ def test_derived_and_sent_masks_give_the_same_model(
         assert mine.downlink_bytes < theirs.downlink_bytes
         frozen.add(mine.frozen_fraction)
         for node in derived.nodes:
-            mask = derived.strategy.mask
-            assert_array_equal(node.uploaded(mask.size), mask)
+            assert_array_equal(node.uploaded(), derived.strategy.mask)
     assert len(frozen) > 4 and mine.failures == 0
 
 
@@ -303,7 +318,7 @@ def test_sampled_clients_get_the_mask() -> None:
             assert server.in_step == heard and len(heard) == 3
         for node, before in zip(federation.nodes, asked, strict=True):
             if len(node.sent) > before:
-                assert_array_equal(node.uploaded(server.dimension), server.mask)
+                assert_array_equal(node.uploaded(), server.mask)
         counts.add(len(server.in_step))
     assert min(counts) == 0
     # Who is out of step keeps no schedule.
@@ -333,7 +348,7 @@ def test_who_falls_out_of_step_is_sent_the_mask(mishap: str) -> None:
         record = federation.play()
         assert (record.clients, record.failures) == (3, 0)
         assert server.in_step == {0, 2}
-        assert_array_equal(node.uploaded(server.dimension), server.mask)
+        assert_array_equal(node.uploaded(), server.mask)
     assert size(node.received[-1]) > 0 and cost > 0
 
 

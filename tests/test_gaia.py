@@ -70,7 +70,7 @@ def test_nothing_that_is_learned_gets_lost() -> None:
             state = node.state
             residual = state.arrays.get("residual", np.zeros(24)).copy()
             if state.uploaded and server.clients[i].used == state.uploaded:
-                residual[node.uploaded(24)] = 0
+                residual[node.uploaded()] = 0
             pending += residual
         assert_allclose(sent + pending, learned, atol=1e-4)
     assert 0 < np.mean(shares) < 0.9

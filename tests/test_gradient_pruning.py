@@ -94,7 +94,7 @@ def test_nothing_that_is_learned_gets_lost() -> None:
         for i, node in enumerate(federation.nodes):
             residual = node.state.arrays["residual"].copy()
             if server.clients[i].used == node.state.uploaded:
-                residual[node.uploaded(24)] = 0
+                residual[node.uploaded()] = 0
             pending += residual
         assert_allclose(moved + pending, learned, atol=1e-4)
 
@@ -113,7 +113,7 @@ def test_clients_start_from_the_global_model() -> None:
         assert record.csr_bytes is None  # which only ZeroFL's paper counts
     node = federation.nodes[0]
     assert np.any(node.state.arrays["residual"] != 0)
-    assert np.count_nonzero(node.uploaded(24)) == 7
+    assert np.count_nonzero(node.uploaded()) == 7
 
 
 TRAINING = TrainingConfig(local_steps=2, batch_size=8, lr=0.2)

@@ -211,7 +211,7 @@ class ScriptedFederation(Federation):
             return np.zeros(self.strategy.dimension, np.float32)
         residual = state.arrays["residual"].copy()
         if self.strategy.clients[client].used == state.uploaded:
-            residual[self.nodes[client].uploaded(residual.size)] = 0
+            residual[self.nodes[client].uploaded()] = 0
         return residual
 
 
