@@ -33,6 +33,8 @@ from gwpf_baseline.exchange.network import Network
 from gwpf_baseline.methods import load_method
 from gwpf_baseline.utils import ConfigError
 
+PAPER = "method=gwpf_paper"
+
 
 def test_every_choice_of_every_group_composes() -> None:
     """A file in ``conf`` that does not compose would be found by a user."""
@@ -104,11 +106,14 @@ def test_every_choice_of_every_group_composes() -> None:
         ("model=vgg11 dataset.image_size=8", "model=vgg11: must be one of the models"),
         ("dataset=mnist dataset.path=/no/where", "dataset.path=/no/where: must be"),
         ("method.thaw_budget=0", "method.thaw_budget=0: must be in (0, 1]"),
-        ("method.freeze_threshold=2", "method.freeze_threshold=2: must be in (0, 1]"),
-        ("method.ema=1", "method.ema=1: must be in [0, 1)"),
-        ("method.thaw_quorum=-0.1", "method.thaw_quorum=-0.1: must be in [0, 1]"),
-        ("method.thaw_rule=dice", "method.thaw_rule=dice: must be one of budget"),
-        ("method.tighten=1", "method.tighten=1: must be true or false"),
+        ("method.step=0", "method.step=0: must be a number > 0"),
+        (f"{PAPER} method.ema=1", "method.ema=1: must be in [0, 1)"),
+        (f"{PAPER} method.thaw_quorum=-0.1", "method.thaw_quorum=-0.1: must be in"),
+        (
+            f"{PAPER} method.thaw_exchange=dice",
+            "method.thaw_exchange=dice: must be one of same_round",
+        ),
+        (f"{PAPER} method.tighten=1", "method.tighten=1: must be true or false"),
         ("method.module=os", "method.module=os: must be one of apf, cmfl, fedavg, "),
         ("method=apf method.control=x", "method.control=x: must be one of aimd, add"),
         ("method=apf method.ema=1", "method.ema=1: must be in [0, 1)"),
@@ -152,13 +157,13 @@ def test_every_choice_of_every_group_composes() -> None:
         ("resume=/no/where", "resume=/no/where: must be the folder of a run"),
         ("resume=[]", "resume=[]: must be a folder, or null"),
         ("method=null", "method=null: must be one of apf, apf_aggressive, cmfl, "),
-        ("method=[gwpf,apf]", "method.freeze_rule=always: must be one of control"),
+        ("method=[gwpf,apf]", "method.vote_fraction=0.02: must be one of control"),
         ("method=[]", "method=None: must be one of apf, apf_aggressive, cmfl, "),
         ("experiment=5", "experiment=5: must be one of apf_control, "),
         ("dataset=true", "dataset=true: must be one of "),
         ("~method", "method=None: must be one of apf, "),
         ("~seed", "seed=nothing: must be given"),
-        ("~method.ema", "method.ema=nothing: must be given"),
+        ("~method.step", "method.step=nothing: must be given"),
         ("~partition.alpha", "partition.alpha=nothing: must be given"),
         ("+nokey=1", "nokey=1: must be one of num_clients, fraction_fit, "),
         ("+method@nokey=gwpf", "nokey={'name': 'gwpf', "),

@@ -25,7 +25,12 @@ from gwpf_baseline.utils import ConfigError
 
 BRIEF = TrainingConfig(local_steps=1, batch_size=10)
 METHODS: dict[str, dict[str, Any]] = {
-    "gwpf": {"freeze_rule": "threshold", "ema": 0.5},
+    "gwpf": {},
+    "gwpf_paper": {
+        "ema": 0.5,
+        "frozen_update": "residual",
+        "thaw_exchange": "next_round",
+    },
     "apf": {"check_every": 1},
     "stc": {"down": 0.1},
     "fedpm": {},
@@ -37,7 +42,7 @@ State = dict[str, Any]
 def played(method: str) -> Federation:
     """Return a federation that has played some rounds."""
     options: dict[str, Any] = {}
-    if method == "gwpf":
+    if method == "gwpf_paper":
         options["server_optimizer"] = ServerOptimizerConfig("fedadam", beta1=0.9)
     federation = small([30, 40], BRIEF, method, METHODS[method], **options)
     federation.play(3)
@@ -248,7 +253,7 @@ def test_old_files_of_a_client_are_removed(tmp_path: Path) -> None:
     assert len(list(folder.path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("method", ["gwpf", "gaia", "stc", "apf"])
+@pytest.mark.parametrize("method", ["gwpf_paper", "gaia", "stc", "apf"])
 def test_a_node_that_starts_again_loses_nothing(method: str, tmp_path: Path) -> None:
     """If it has its part of the last checkpoint: the same models to the bit."""
     federation, twin = played(method), played(method)

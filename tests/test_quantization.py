@@ -21,6 +21,7 @@ from gwpf_baseline.records.history import RoundRecord
 from gwpf_baseline.utils import ConfigError
 
 TRAINING = TrainingConfig(local_steps=2, batch_size=8, lr=0.2)
+KEPT = {"frozen_update": "residual", "thaw_exchange": "next_round"}
 HEADER = Header("test", Kind.UPDATE, exchange=1, base=0, length=20)
 FLOATS = st.floats(-(2.0**40), 2.0**40, width=32)
 VALUES = hnp.arrays(np.float32, 20, elements=FLOATS)
@@ -105,7 +106,7 @@ def test_a_hostile_step_is_refused(step: float) -> None:
         Quantization(8).read_update(Reader(writer.payload(), "test", 20), [20])
 
 
-METHODS = ["fedavg", "gwpf", "apf", "gaia", "cmfl", "gradient_pruning", "zerofl"]
+METHODS = ["fedavg", "gwpf_paper", "apf", "gaia", "cmfl", "gradient_pruning", "zerofl"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -114,7 +115,7 @@ def test_every_method_that_sends_values_sends_fewer_bits(method: str) -> None:
     firsts: list[RoundRecord] = []
     downlinks: list[int] = []
     losses = []
-    options = {"freeze_rule": "threshold"} if method == "gwpf" else {}
+    options = KEPT if method == "gwpf_paper" else {}
     for bits, fp16 in ((32, False), (8, False), (32, True)):
         federation = small(
             [40, 60, 50],
@@ -156,7 +157,7 @@ def _steps(client: int, exchange: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("quantization", ROUNDINGS, ids=["8", "16", "half"])
-@pytest.mark.parametrize("method", ["fedavg", "cmfl", "gwpf", "apf"])
+@pytest.mark.parametrize("method", ["fedavg", "cmfl", "gwpf_paper", "apf"])
 def test_what_rounding_leaves_out_is_sent_later(
     method: str, quantization: Quantization
 ) -> None:
@@ -164,8 +165,8 @@ def test_what_rounding_leaves_out_is_sent_later(
     learned, but for what one rounding can leave out."""
     # Neither freezes what changes by the same amount each time.
     options: dict[str, Any] = {"cmfl": {"threshold": 0.0}}.get(method, {})
-    if method == "gwpf":
-        options = {"freeze_rule": "threshold"}
+    if method == "gwpf_paper":
+        options = KEPT
     federation = scripted(method, _steps, options, 2, quantization=quantization)
     rounds = 60
     federation.play(rounds)
@@ -182,12 +183,12 @@ def test_what_rounding_leaves_out_is_sent_later(
 
 
 @pytest.mark.parametrize("quantization", ROUNDINGS, ids=["8", "16", "half"])
-@pytest.mark.parametrize("method", ["fedavg", "gwpf"])
+@pytest.mark.parametrize("method", ["fedavg", "gwpf_paper"])
 def test_the_residual_is_what_the_server_did_not_get(
     method: str, quantization: Quantization
 ) -> None:
     """Once an upload was used, what stays of it is its rounding, to the bit."""
-    options = {"freeze_rule": "threshold"} if method == "gwpf" else {}
+    options = KEPT if method == "gwpf_paper" else {}
     federation = scripted(method, _steps, options, 1, quantization=quantization)
     strategy, node = federation.strategy, federation.nodes[0]
     federation.play()
@@ -216,10 +217,10 @@ def test_the_residual_is_what_the_server_did_not_get(
     assert_array_equal(residual, left_out)
 
 
-@pytest.mark.parametrize("method", ["fedavg", "gwpf"])
+@pytest.mark.parametrize("method", ["fedavg", "gwpf_paper"])
 def test_the_rounding_of_a_lost_upload_is_forgotten(method: str) -> None:
     """The server has got nothing of it, so nothing of it is missing."""
-    options = {"freeze_rule": "threshold"} if method == "gwpf" else {}
+    options = KEPT if method == "gwpf_paper" else {}
     quantization = Quantization(8)
     federation = scripted(method, _steps, options, 2, quantization=quantization)
     node = federation.nodes[1]
@@ -230,7 +231,7 @@ def test_the_rounding_of_a_lost_upload_is_forgotten(method: str) -> None:
     node.tamper = None
     federation.play()
     after = node.state.arrays["residual"]
-    if method == "gwpf":
+    if method == "gwpf_paper":
         # What it learned stays until it is used, and comes to what it learns next.
         assert_allclose(after, before + _steps(1, 1)[0], rtol=0, atol=1e-6)
     else:

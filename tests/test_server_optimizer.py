@@ -127,7 +127,7 @@ def test_what_is_not_synchronised_stands_still() -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["fedavg", "gwpf", "apf", "gaia", "gradient_pruning", "cmfl"]
+    "method", ["fedavg", "gwpf_paper", "apf", "gaia", "gradient_pruning", "cmfl"]
 )
 def test_every_method_can_use_one(method: str) -> None:
     """The model moves by the optimiser's step instead of by the mean update."""
@@ -135,7 +135,7 @@ def test_every_method_can_use_one(method: str) -> None:
     def script(client: int, exchange: int) -> np.ndarray:
         return np.full((1, 24), 0.5, np.float32)
 
-    options = {"freeze_rule": "threshold"} if method == "gwpf" else {}
+    options = {"thaw_exchange": "next_round"} if method == "gwpf_paper" else {}
     config = ServerOptimizerConfig("fedadagrad", lr=0.1, tau=1e-3)
     federation = scripted(method, script, options, server_optimizer=config)
     federation.play()

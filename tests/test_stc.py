@@ -16,7 +16,11 @@ from gwpf_baseline.exchange.quantization import Quantization
 from gwpf_baseline.learning.server_optimizer import ServerOptimizerConfig
 from gwpf_baseline.learning.training import TrainingConfig
 from gwpf_baseline.methods import load_method
-from gwpf_baseline.methods.stc import read_ternary, ternarise, write_ternary
+from gwpf_baseline.methods.shared.ternary import (
+    read_ternary,
+    ternarise,
+    write_ternary,
+)
 from gwpf_baseline.utils import ConfigError
 
 LENGTH = 24

@@ -1,0 +1,256 @@
+"""Vectors of zeros and of plus and minus one magnitude, as updates and as steps.
+
+After Sattler, Wiedemann, Müller, Samek: Robust and Communication-Efficient Federated
+Learning from Non-IID Data. IEEE TNNLS 2020, algorithm 1. Clients answer with the
+largest of what they have accumulated; the server moves the model by a step of the same
+kind, which is what it sends; who missed some steps is sent them, or the whole model
+where that is smaller. What a mean becomes a step by is a method's own.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from gwpf_baseline.exchange.coding import WireError
+from gwpf_baseline.exchange.messages import ClientRecord
+from gwpf_baseline.exchange.payload import Part, Reader, Sections, Sizes, Writer
+from gwpf_baseline.learning.client import SyncClient
+from gwpf_baseline.learning.state import ClientState
+from gwpf_baseline.methods.shared.pruning import largest, share
+from gwpf_baseline.strategy import SyncStrategy
+from gwpf_baseline.utils import BoolVector, FloatVector
+
+# ---- the compression ----------------------------------------------------------------
+
+
+class Ternary(NamedTuple):
+    """A vector of zeros and of plus and minus one magnitude.
+
+    Parameters
+    ----------
+    positions : numpy.ndarray
+        bool ``(d,)``, where it is not zero.
+    signs : numpy.ndarray
+        bool ``(k,)``, true where it is positive.
+    magnitude : numpy.float32
+        The magnitude, at least 0.
+    """
+
+    positions: BoolVector
+    signs: BoolVector
+    magnitude: np.float32
+
+    def values(self) -> FloatVector:
+        """Return what it is where it is not zero, float32 ``(k,)``."""
+        return np.where(self.signs, self.magnitude, -self.magnitude)
+
+
+def ternarise(vector: FloatVector, keep: float) -> Ternary:
+    """Compress a vector to its largest values, all of their mean magnitude.
+
+    Parameters
+    ----------
+    vector : numpy.ndarray
+        float32 ``(d,)``.
+    keep : float
+        p, the share of values to keep; at least one. Zeros are never kept.
+
+    Returns
+    -------
+    Ternary
+        Algorithm 1.
+    """
+    size = np.abs(vector)
+    positions = largest(size, share(keep, vector.size))
+    positions &= size > 0
+    kept = vector[positions]
+    magnitude = size[positions].mean() if kept.size else np.float32(0)
+    return Ternary(positions, kept > 0, np.float32(magnitude))
+
+
+def write_ternary(sections: Sections, step: Ternary) -> None:
+    """Code a ternary vector: a bitmap of positions, one of signs, one float."""
+    sections.bitmap(step.positions)
+    if step.signs.size:
+        sections.bitmap(step.signs, part=Part.VALUES)
+        sections.vector(np.array([step.magnitude], np.float32))
+
+
+def read_ternary(reader: Reader, dimension: int) -> Ternary:
+    """Undo :func:`write_ternary`.
+
+    Raises
+    ------
+    WireError
+        The payload holds something else.
+    """
+    positions = reader.bitmap(dimension)
+    count = int(np.count_nonzero(positions))
+    if not count:
+        return Ternary(positions, np.zeros(0, np.bool_), np.float32(0))
+    signs = reader.bitmap(count, part=Part.VALUES)
+    (magnitude,) = reader.vector(1)
+    if magnitude < 0:
+        raise WireError(f"a magnitude of {magnitude}")
+    return Ternary(positions, signs, magnitude)
+
+
+# ---- the server's half --------------------------------------------------------------
+
+
+class TernaryStrategy(SyncStrategy[Ternary]):
+    """A server whose clients' updates are ternary, and so are its steps.
+
+    A method fills in `finish_exchange`, which ends with :meth:`take_step`.
+
+    Parameters
+    ----------
+    *args, **kwargs : object
+        See :class:`SyncStrategy`.
+
+    Attributes
+    ----------
+    residual : numpy.ndarray
+        float32 ``(d,)``, what clients have sent and the model has not moved by.
+    update_sum : numpy.ndarray
+        float32 ``(d,)``, the weighted sum of the exchange's updates.
+    steps : list of Sections
+        The last exchanges' steps, coded; never larger than the whole model.
+
+    Raises
+    ------
+    ConfigError
+        Values are to be rounded or applied in another way.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.refuse("sends signs of one size", "server_optimizer", "quantization")
+        self.residual = np.zeros(self.dimension, np.float32)
+        self.update_sum = np.zeros(0, np.float32)
+        self.sent = 0
+        self.steps: list[Sections] = []
+
+    def reset_sums(self) -> None:
+        """Start the sum afresh."""
+        self.update_sum = np.zeros(self.dimension, np.float32)
+        self.sent = 0
+
+    def read_upload(self, reader: Reader) -> Ternary:
+        """Take one client's ternary update."""
+        upload = read_ternary(reader, self.dimension)
+        self.measure(upload.values())
+        return upload
+
+    def add_upload(self, upload: Ternary, weight: float) -> None:
+        """Add one client's update."""
+        self.update_sum[upload.positions] += np.float32(weight) * upload.values()
+        self.sent += upload.signs.size
+
+    def take_step(self, step: Ternary) -> BoolVector:
+        """Move the model by a step, and keep it for those who are not here.
+
+        Parameters
+        ----------
+        step : Ternary
+            The step.
+
+        Returns
+        -------
+        numpy.ndarray
+            bool ``(d,)``, the coordinates that changed.
+        """
+        self.weights.numpy()[step.positions] += step.values()
+        self._remember(step)
+        return step.positions
+
+    def abandon_exchange(self) -> None:
+        """Remember a step that leads nowhere: steps are counted by exchanges."""
+        nowhere = np.zeros(self.dimension, np.bool_)
+        self._remember(Ternary(nowhere, nowhere[:0], np.float32(0)))
+
+    def _remember(self, step: Ternary) -> None:
+        coded = Sections()
+        write_ternary(coded, step)
+        self.steps.append(coded)
+        # What is larger than the model is never sent.
+        while sum(step.size for step in self.steps) >= 4 * self.dimension:
+            del self.steps[0]
+
+    def write_change(self, writer: Writer, held: ClientRecord) -> bool:
+        """Write the steps that a client has missed."""
+        missed = self.exchange - 1 - held.version
+        if missed > len(self.steps):
+            return False
+        for step in self.steps[len(self.steps) - missed :]:
+            writer.splice(step)
+        return True
+
+    def metrics(self) -> dict[str, float]:
+        """Return the share of coordinates that a client sent."""
+        return {"sent_fraction": self.sent / (self.answers * self.dimension)}
+
+    def method_state(self) -> dict[str, Any]:
+        """Return what is due, and the last steps."""
+        codes = b"".join(step.code() for step in self.steps)
+        return {
+            "residual": torch.from_numpy(self.residual),
+            "steps": torch.from_numpy(np.frombuffer(codes, np.uint8).copy()),
+            "step_sizes": [dict(step.sizes) for step in self.steps],
+        }
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`method_state` returned."""
+        self.residual = state["residual"].numpy()
+        codes, self.steps = state["steps"].numpy().tobytes(), []
+        for saved in state["step_sizes"]:
+            sizes = Sizes({Part(part): size for part, size in saved.items()})
+            code, codes = codes[: sizes.total()], codes[sizes.total() :]
+            if min(sizes.values(), default=0) < 0 or len(code) != sizes.total():
+                raise ValueError(f"a step of {saved} bytes")
+            self.steps.append(Sections(code, sizes))
+
+
+# ---- the client's half --------------------------------------------------------------
+
+
+class TernaryClient(SyncClient):
+    """A client that follows ternary steps, and answers with a ternary update.
+
+    Parameters
+    ----------
+    *args, **kwargs : object
+        See :class:`SyncClient`.
+    """
+
+    def read_change(
+        self, reader: Reader, weights: FloatVector, state: ClientState
+    ) -> None:
+        """Take the steps that this client has missed, in their order, to the bit."""
+        for version in range(reader.header.base, reader.header.exchange - 1):
+            step = read_ternary(reader, weights.size)
+            # The server may not know that some of them had arrived before.
+            if version >= state.version:
+                weights[step.positions] += step.values()
+
+    def write_largest(
+        self, writer: Writer, state: ClientState, residual: FloatVector, keep: float
+    ) -> None:
+        """Send the largest of what has accumulated; what that misses stays.
+
+        Parameters
+        ----------
+        writer : Writer
+            The answer's payload.
+        state : ClientState
+            Notes what is sent.
+        residual : numpy.ndarray
+            float32 ``(d,)``, what has accumulated.
+        keep : float
+            The share of coordinates to send, see :func:`ternarise`.
+        """
+        update = ternarise(residual, keep)
+        write_ternary(writer, update)
+        left_out = residual[update.positions] - update.values()
+        self.note_sent(state, update.positions, left_out)
