@@ -39,7 +39,7 @@ MORE = {
         "server_optimizer=fedadam",
         "server_optimizer.lr=0.01",
     ],
-    "gwpf, 8 bits": ["method=gwpf", "quantization.bits=8"],
+    "gwpf_paper, 8 bits": ["method=gwpf_paper", "quantization.bits=8"],
 }
 
 

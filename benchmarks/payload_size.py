@@ -1,6 +1,6 @@
 """The size of a payload against the entropy of what it carries.
 
-A GWPF client uploads the values of the active coordinates, 32 bits each, and a vote on
+A client of GWPF as published uploads the values of the active coordinates, 32 bits each, and a vote on
 each frozen one, whose entropy is that of a coin that falls on its side as often.
 """
 
@@ -24,7 +24,7 @@ def main() -> None:
         for density in DENSITIES:
             active = round(density * dimension)
             votes = rng.random(dimension - active) < density
-            header = Header("gwpf", Kind.UPDATE, 2, 1, dimension)
+            header = Header("gwpf_paper", Kind.UPDATE, 2, 1, dimension)
             writer = Writer(header)
             writer.bitmap(votes)
             writer.vector(rng.standard_normal(active, np.float32))

@@ -49,7 +49,7 @@ from gwpf_baseline.learning.method_client import Task
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.learning.training import StepHook
 from gwpf_baseline.methods import load_method
-from gwpf_baseline.methods.gwpf import GWPFStrategy, GWPFUpload
+from gwpf_baseline.methods.gwpf_paper import GWPFUpload
 from gwpf_baseline.utils import BoolVector
 
 # Our method, and the shares that are frozen with us and in the released code. The
@@ -209,7 +209,6 @@ class Ours:
         cfg = compose_config([f"method={name}"])
         method, config = load_method(dict(cfg.method))
         strategy = method.strategy(model, config=config, num_clients=1)
-        assert isinstance(strategy, GWPFStrategy)
         self.strategy = strategy
         self.strategy.clients[0] = ClientRecord(version=0)
         start = strategy.weights.clone()
@@ -222,7 +221,8 @@ class Ours:
     def play(self) -> Times:
         """Play a round; return the seconds of all, of the client and the server."""
         self.times = {"all": 0.0, "client": 0.0, "steps": 0.0}
-        self.strategy.mask = self.active
+        if not self.coded:
+            self.strategy.mask = self.active
         with mock.patch.object(method_client, "train", self.train):
             with Timed(self.times, "all"):
                 self.exchange(follow_up=False)
@@ -244,13 +244,13 @@ class Ours:
         strategy.add_upload(upload, 1.0)
         strategy.messages.close(strategy.finish_exchange(1.0))
 
-    def coded_upload(self) -> GWPFUpload:
+    def coded_upload(self) -> Any:
         """Exchange bytes with the client."""
         messages = self.strategy.messages
-        ins = FitIns(messages.write(0, with_mask=True).parameters, {"round": 1})
+        ins = FitIns(messages.write(0, with_mask=False).parameters, {"round": 1})
         with Timed(self.times, "client"):
             answer = self.client.to_client().fit(ins)
-        reader = messages.open_answer(0, answer.parameters, with_mask=True)
+        reader = messages.open_answer(0, answer.parameters, with_mask=False)
         upload = self.strategy.read_upload(reader)
         reader.finish()
         messages.confirm(0, used=True)

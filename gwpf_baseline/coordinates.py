@@ -47,6 +47,26 @@ def scatter(values: np.ndarray, mask: BoolVector, target: np.ndarray) -> None:
         target[index] = values[part]
 
 
+def marked(index: np.ndarray, dimension: int) -> BoolVector:
+    """Return the mask of some coordinates.
+
+    Parameters
+    ----------
+    index : numpy.ndarray
+        int64 ``(k,)``, the coordinates.
+    dimension : int
+        d.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool ``(d,)``.
+    """
+    mask = np.zeros(dimension, np.bool_)
+    mask[index] = True
+    return mask
+
+
 def cache_blocks(mask: BoolVector) -> Iterator[tuple[np.ndarray, slice]]:
     """Walk through the coordinates in a mask, a block that fits the cache at a time.
 

@@ -9,6 +9,7 @@ from flwr.common import FitRes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
+from ternary_rounds import LENGTH, TROUBLE, play_in_trouble, slow_ternary, walk
 
 from gwpf_baseline.exchange.header import Kind
 from gwpf_baseline.exchange.payload import Reader, Sections, Writer, from_parameters
@@ -23,27 +24,7 @@ from gwpf_baseline.methods.shared.ternary import (
 )
 from gwpf_baseline.utils import ConfigError
 
-LENGTH = 24
 SHARES = {"up": 0.1, "down": 0.2}
-
-
-def walk(client: int, exchange: int) -> np.ndarray:
-    """Return two steps that differ by client and exchange, float32 ``(2, 24)``."""
-    rng = np.random.default_rng([client, exchange])
-    return rng.standard_normal((2, LENGTH)).astype(np.float32)
-
-
-def slow_ternary(vector: np.ndarray, keep: float) -> np.ndarray:
-    """Compress as algorithm 1 is written, value by value."""
-    count = max(1, int(np.ceil(keep * vector.size - 1e-9)))
-    order = sorted(range(vector.size), key=lambda i: (-abs(vector[i]), i))
-    kept = [i for i in order[:count] if vector[i] != 0]
-    result = np.zeros(vector.size)
-    if kept:
-        magnitude = sum(abs(float(vector[i])) for i in kept) / len(kept)
-        for i in kept:
-            result[i] = magnitude if vector[i] > 0 else -magnitude
-    return result
 
 
 def dense(vector: np.ndarray, keep: float) -> np.ndarray:
@@ -75,15 +56,15 @@ def test_what_is_written_is_read(seed: int, size: int, keep: float) -> None:
     federation = small([10, 10], TrainingConfig(local_steps=1, batch_size=4), "stc")
     step = ternarise(vector, keep)
     writer = Writer(_header(federation))
-    write_ternary(writer, step)
-    write_ternary(writer, ternarise(np.zeros(size, np.float32), keep))
+    write_ternary(writer, step, size)
+    write_ternary(writer, ternarise(np.zeros(size, np.float32), keep), size)
     strategy = federation.strategy
     reader = Reader(writer.payload(), strategy.name, strategy.dimension)
     again, nothing = read_ternary(reader, size), read_ternary(reader, size)
     reader.finish()
     assert_array_equal(again.positions, step.positions)
     assert_array_equal(again.values(), step.values())
-    assert not nothing.positions.any() and not nothing.signs.size
+    assert not nothing.positions.size and not nothing.signs.size
 
 
 def _header(federation: Federation) -> Any:
@@ -115,33 +96,11 @@ class Reference:
             self.model += step
 
 
-# Who trains in each round, and whose answer arrives.
-TROUBLE: list[dict[int, bool]] = [
-    {0: True, 1: True, 2: True, 3: True},
-    {0: True, 1: False, 2: True},
-    {1: True, 3: False},
-    {0: False, 2: False},
-    {0: True, 1: True, 2: True, 3: True},
-    {3: True},
-    {3: True},
-    {0: True, 1: True, 2: False, 3: True},
-]
-
-
-def _play(federation: Federation, answers: dict[int, bool]) -> None:
-    """Play a round with some nodes; the answers of some get lost."""
-    manager = federation.server.client_manager()
-    for node in federation.nodes:
-        node.tamper = None if answers.get(node.partition, True) else lose
-        (manager.register if node.partition in answers else manager.unregister)(node)
-    federation.play()
-
-
 def test_a_federation_does_what_the_paper_does() -> None:
     """With clients away, answers lost, and a round in which all of them are."""
     federation, reference = scripted("stc", walk, SHARES), Reference(4)
     for number, answers in enumerate(TROUBLE, start=1):
-        _play(federation, answers)
+        play_in_trouble(federation, answers)
         reference.play(number, answers)
         strategy = federation.strategy
         assert_allclose(strategy.weights, reference.model, atol=1e-5)
@@ -244,7 +203,7 @@ def test_an_upload_of_lenet_is_short() -> None:
     rng = np.random.default_rng(0)
     vector = rng.standard_normal(61_706).astype(np.float32)
     coded = Sections()
-    write_ternary(coded, ternarise(vector, 0.01))
+    write_ternary(coded, ternarise(vector, 0.01), vector.size)
     assert coded.size < 1017 - 200
 
 

@@ -103,7 +103,7 @@ class GWPFStrategy(TernaryStrategy):
 
     def finish_exchange(self, total_weight: float) -> BoolVector:
         """Accumulate the votes, thaw what has most of them, and move that."""
-        self.residual += self.update_sum / np.float32(total_weight)
+        self.residual += self.mean_update(total_weight)
         thawed = ternarise(self.residual, self.config.thaw_budget)
         self.residual[thawed.positions] -= thawed.values()
         self.thawed = thawed.signs.size

@@ -11,7 +11,6 @@ and does to the mean what the clients did: its step is as sparse and as ternary.
 
 from dataclasses import dataclass
 
-import numpy as np
 
 from gwpf_baseline.exchange.payload import Writer
 from gwpf_baseline.learning.method_client import Task
@@ -66,7 +65,7 @@ class STCStrategy(TernaryStrategy):
 
     def finish_exchange(self, total_weight: float) -> BoolVector:
         """Move the model by what the mean, with what is due, is compressed to."""
-        self.residual += self.update_sum / np.float32(total_weight)
+        self.residual += self.mean_update(total_weight)
         step = ternarise(self.residual, self.config.down)
         self.residual[step.positions] -= step.values()
         return self.take_step(step)

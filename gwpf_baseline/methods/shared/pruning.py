@@ -12,6 +12,9 @@ import numpy as np
 from gwpf_baseline.learning.flat_model import Layer
 from gwpf_baseline.utils import BoolVector, FloatVector
 
+# Values in a sample of a long vector.
+_SAMPLE = 2**15
+
 
 def share(fraction: float, total: int) -> int:
     """Return a share, rounded up; 0.28 of 25 is 7, though as floats it is more."""
@@ -35,12 +38,31 @@ def largest(magnitude: FloatVector, count: int) -> BoolVector:
     """
     if count <= 0:
         return np.zeros(magnitude.size, np.bool_)
-    place = magnitude.size - count
-    least = np.partition(magnitude, place)[place]
+    least = _kth_largest(magnitude, count)
     chosen = magnitude > least
     tied = np.flatnonzero(magnitude == least)
     chosen[tied[: count - np.count_nonzero(chosen)]] = True
     return chosen
+
+
+def _kth_largest(values: FloatVector, count: int) -> np.float32:
+    """Return the least of the `count` largest values.
+
+    A sample gives a bound that slightly more than `count` are beyond, and only these
+    are ordered. Where many are alike, as sums of a few votes are, the bound itself is
+    mostly the answer; ordering all of them would take twenty times as long.
+    """
+    sample = values[:: values.size // _SAMPLE + 1]
+    beyond = math.ceil(1.2 * count / values.size * sample.size) + 16
+    if beyond < sample.size:
+        bound = np.partition(sample, sample.size - beyond)[sample.size - beyond]
+        above = values > bound
+        if np.count_nonzero(above) >= count:
+            values = values[above]
+        elif np.count_nonzero(values >= bound) >= count:
+            return bound
+    place = values.size - count
+    return np.partition(values, place)[place]
 
 
 def above_threshold(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from gwpf_baseline.coordinates import marked
 from gwpf_baseline.exchange.coding import WireError
 from gwpf_baseline.exchange.messages import ClientRecord
 from gwpf_baseline.exchange.payload import Part, Reader, Sections, Sizes, Writer
@@ -30,20 +31,23 @@ class Ternary(NamedTuple):
     Parameters
     ----------
     positions : numpy.ndarray
-        bool ``(d,)``, where it is not zero.
+        int64 ``(k,)``, where it is not zero, in rising order.
     signs : numpy.ndarray
         bool ``(k,)``, true where it is positive.
     magnitude : numpy.float32
         The magnitude, at least 0.
     """
 
-    positions: BoolVector
+    positions: np.ndarray
     signs: BoolVector
     magnitude: np.float32
 
     def values(self) -> FloatVector:
         """Return what it is where it is not zero, float32 ``(k,)``."""
         return np.where(self.signs, self.magnitude, -self.magnitude)
+
+
+NOWHERE = Ternary(np.zeros(0, np.int64), np.zeros(0, np.bool_), np.float32(0))
 
 
 def ternarise(vector: FloatVector, keep: float) -> Ternary:
@@ -62,16 +66,16 @@ def ternarise(vector: FloatVector, keep: float) -> Ternary:
         Algorithm 1.
     """
     size = np.abs(vector)
-    positions = largest(size, share(keep, vector.size))
-    positions &= size > 0
+    positions = np.flatnonzero(largest(size, share(keep, vector.size)))
+    positions = positions[size[positions] > 0]
     kept = vector[positions]
-    magnitude = size[positions].mean() if kept.size else np.float32(0)
+    magnitude = np.abs(kept).mean() if kept.size else np.float32(0)
     return Ternary(positions, kept > 0, np.float32(magnitude))
 
 
-def write_ternary(sections: Sections, step: Ternary) -> None:
+def write_ternary(sections: Sections, step: Ternary, dimension: int) -> None:
     """Code a ternary vector: a bitmap of positions, one of signs, one float."""
-    sections.bitmap(step.positions)
+    sections.bitmap(marked(step.positions, dimension))
     if step.signs.size:
         sections.bitmap(step.signs, part=Part.VALUES)
         sections.vector(np.array([step.magnitude], np.float32))
@@ -85,11 +89,10 @@ def read_ternary(reader: Reader, dimension: int) -> Ternary:
     WireError
         The payload holds something else.
     """
-    positions = reader.bitmap(dimension)
-    count = int(np.count_nonzero(positions))
-    if not count:
-        return Ternary(positions, np.zeros(0, np.bool_), np.float32(0))
-    signs = reader.bitmap(count, part=Part.VALUES)
+    positions = np.flatnonzero(reader.bitmap(dimension))
+    if not positions.size:
+        return NOWHERE
+    signs = reader.bitmap(positions.size, part=Part.VALUES)
     (magnitude,) = reader.vector(1)
     if magnitude < 0:
         raise WireError(f"a magnitude of {magnitude}")
@@ -148,6 +151,22 @@ class TernaryStrategy(SyncStrategy[Ternary]):
         self.update_sum[upload.positions] += np.float32(weight) * upload.values()
         self.sent += upload.signs.size
 
+    def mean_update(self, total_weight: float) -> FloatVector:
+        """Return the clients' mean update, in the place of its sum.
+
+        Parameters
+        ----------
+        total_weight : float
+            Sum of the clients' weights.
+
+        Returns
+        -------
+        numpy.ndarray
+            float32 ``(d,)``.
+        """
+        self.update_sum /= np.float32(total_weight)
+        return self.update_sum
+
     def take_step(self, step: Ternary) -> BoolVector:
         """Move the model by a step, and keep it for those who are not here.
 
@@ -163,16 +182,15 @@ class TernaryStrategy(SyncStrategy[Ternary]):
         """
         self.weights.numpy()[step.positions] += step.values()
         self._remember(step)
-        return step.positions
+        return marked(step.positions, self.dimension)
 
     def abandon_exchange(self) -> None:
         """Remember a step that leads nowhere: steps are counted by exchanges."""
-        nowhere = np.zeros(self.dimension, np.bool_)
-        self._remember(Ternary(nowhere, nowhere[:0], np.float32(0)))
+        self._remember(NOWHERE)
 
     def _remember(self, step: Ternary) -> None:
         coded = Sections()
-        write_ternary(coded, step)
+        write_ternary(coded, step, self.dimension)
         self.steps.append(coded)
         # What is larger than the model is never sent.
         while sum(step.size for step in self.steps) >= 4 * self.dimension:
@@ -251,6 +269,6 @@ class TernaryClient(SyncClient):
             The share of coordinates to send, see :func:`ternarise`.
         """
         update = ternarise(residual, keep)
-        write_ternary(writer, update)
+        write_ternary(writer, update, residual.size)
         left_out = residual[update.positions] - update.values()
-        self.note_sent(state, update.positions, left_out)
+        self.note_sent(state, marked(update.positions, residual.size), left_out)

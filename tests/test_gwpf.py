@@ -1,0 +1,155 @@
+"""Tests of GWPF: against a slow reference, with clients that go away."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from federation import digits, scripted, small
+from numpy.testing import assert_allclose, assert_array_equal
+from ternary_rounds import LENGTH, TROUBLE, play_in_trouble, slow_ternary, walk
+
+from gwpf_baseline.callbacks import Evaluation
+from gwpf_baseline.learning.flat_model import FlatModel
+from gwpf_baseline.learning.training import TrainingConfig, evaluate
+from gwpf_baseline.methods import load_method
+from gwpf_baseline.utils import ConfigError
+
+# A scripted client takes the five iterations of the default configuration.
+STEPS = TrainingConfig().local_steps
+OPTIONS = {"vote_fraction": 0.1, "thaw_budget": 0.2, "half_life": 2.0 * STEPS}
+
+
+class Reference:
+    """GWPF as ``docs/gwpf.md`` has it, in float64 and client by client."""
+
+    def __init__(self, clients: int, step: float = 3.0, averaging: float = 0.5) -> None:
+        self.model, self.average = np.ones(LENGTH), np.ones(LENGTH)
+        self.accumulated = np.zeros(LENGTH)
+        self.held = np.zeros((clients, LENGTH))
+        self.step, self.averaging = step, averaging
+
+    def play(self, exchange: int, answers: dict[int, bool]) -> None:
+        """Play a round in which some clients train, and the answers of some arrive."""
+        votes = []
+        for client, arrives in answers.items():
+            forgotten = 0.5 ** (STEPS / OPTIONS["half_life"])
+            learned = walk(client, exchange).sum(0, dtype=np.float64)
+            self.held[client] = forgotten * self.held[client] + learned
+            if arrives:
+                vote = slow_ternary(self.held[client], OPTIONS["vote_fraction"])
+                self.held[client] -= vote
+                votes.append(vote)
+        if votes:
+            self.accumulated += np.mean(votes, axis=0)
+            thawed = slow_ternary(self.accumulated, OPTIONS["thaw_budget"])
+            self.accumulated -= thawed
+            self.model += self.step * thawed
+            keep = self.averaging
+            self.average = keep * self.average + (1 - keep) * self.model
+
+
+@pytest.mark.parametrize(("step", "averaging"), [(3.0, 0.5), (1.5, 0.0)])
+def test_every_round_is_what_the_page_says(step: float, averaging: float) -> None:
+    """With clients away, answers lost, and a round in which all of them are."""
+    options = {**OPTIONS, "step": step, "averaging": averaging}
+    federation = scripted("gwpf", walk, options)
+    reference = Reference(4, step, averaging)
+    for number, answers in enumerate(TROUBLE, start=1):
+        play_in_trouble(federation, answers)
+        reference.play(number, answers)
+        strategy = federation.strategy
+        assert_allclose(strategy.weights, reference.model, atol=1e-5)
+        assert_allclose(strategy.residual, reference.accumulated, atol=1e-5)
+        assert_allclose(strategy.measured_weights(), reference.average, atol=1e-5)
+        record = strategy.records[-1]
+        assert record.clients == sum(answers.values())
+        assert record.failures == len(answers) - record.clients
+        if record.clients:
+            assert record.frozen_fraction == pytest.approx(1 - 5 / 24)
+            assert record.sent_fraction == pytest.approx(3 / 24)
+
+
+def test_what_is_not_forgotten_is_not_lost() -> None:
+    """It has moved the model, or is accumulated on the server, or still held."""
+    rounds = 6
+    federation = scripted("gwpf", walk, {**OPTIONS, "half_life": 1e9})
+    federation.play(rounds)
+    strategy = federation.strategy
+    used = (strategy.weights.numpy() - 1) / 3 + strategy.residual
+    # With the next message clients learn that their last uploads were used, too.
+    federation.play()
+    given = []
+    for node in federation.nodes:
+        walked = [walk(node.partition, e).sum(0) for e in range(1, rounds + 2)]
+        learned = np.sum(walked, axis=0, dtype=np.float64)
+        given.append(learned - node.state.arrays["residual"])
+    assert_allclose(np.mean(given, axis=0), used, atol=1e-5)
+    assert np.abs(used).max() > 0.1
+
+
+def test_only_what_is_thawed_moves() -> None:
+    """In real training: the budget, all by one magnitude, nothing else by a bit."""
+    training = TrainingConfig(local_steps=2, batch_size=10)
+    federation = small([50, 60, 70], training)
+    strategy = federation.strategy
+    assert strategy.dimension == 395
+    for _ in range(8):
+        before = strategy.weights.clone()
+        federation.play()
+        moved = strategy.weights.view(torch.int32) != before.view(torch.int32)
+        assert int(moved.sum()) == 8  # 2 % of 395, rounded up
+        sizes = (strategy.weights - before)[moved].abs().numpy()
+        assert_allclose(sizes, sizes[0], rtol=1e-4)
+
+
+def test_no_coordinate_is_thawed_without_a_vote() -> None:
+    """Not even to fill up the budget."""
+
+    def script(client: int, exchange: int) -> np.ndarray:
+        steps = np.zeros((1, LENGTH), np.float32)
+        steps[0, [2, 3, 19]] = 1
+        return steps
+
+    federation = scripted("gwpf", script, {"vote_fraction": 0.5, "thaw_budget": 0.5})
+    federation.play()
+    moved = np.flatnonzero(federation.strategy.weights.numpy() != 1)
+    assert moved.tolist() == [2, 3, 19]
+
+
+def test_the_averaged_model_is_measured_and_goes_on_after_a_restart() -> None:
+    """Its accuracy is the record's; a checkpoint has it to the bit."""
+    training = TrainingConfig(local_steps=2, batch_size=10, lr=0.2)
+    data, built = digits(), []
+
+    def measure(number: int, weights: Any, buffers: Any) -> tuple[float, float]:
+        model = FlatModel(federation.strategy.model)
+        model.load(weights, buffers)
+        built.append(weights.clone())
+        return evaluate(model, data)
+
+    federation = small([50, 60], training, callbacks=[Evaluation(measure)])
+    federation.play(4)
+    strategy = federation.strategy
+    assert torch.equal(built[-1], strategy.average)
+    assert not torch.equal(strategy.average, strategy.weights)
+    again = small([50, 60], training)
+    again.strategy.load_state(strategy.state())
+    assert_array_equal(again.strategy.measured_weights(), strategy.average)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("vote_fraction", [0, -0.1, 1.1, float("nan"), True, "much", None]),
+        ("thaw_budget", [0, -0.1, 1.1, float("nan"), True, "much", None]),
+        ("step", [0, -1, float("nan"), float("inf"), True, "long", None]),
+        ("half_life", [0, -1, float("nan"), float("inf"), True, "long", None]),
+        ("averaging", [-0.1, 1, float("nan"), True, "much", None]),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named(key: str, values: list[Any]) -> None:
+    """With the key as it is written on the command line."""
+    for value in values:
+        with pytest.raises(ConfigError, match=f"method.{key}="):
+            load_method({"module": "gwpf", key: value})
