@@ -1,7 +1,8 @@
 """The size of a payload against the entropy of what it carries.
 
-A client of GWPF as published uploads the values of the active coordinates, 32 bits each, and a vote on
-each frozen one, whose entropy is that of a coin that falls on its side as often.
+A client of GWPF as published uploads the values of the active coordinates, 32 bits
+each, and a vote on each frozen one, whose entropy is that of a coin that falls on its
+side as often.
 """
 
 import numpy as np
