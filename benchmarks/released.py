@@ -49,7 +49,7 @@ from gwpf_baseline.learning.method_client import Task
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.learning.training import StepHook
 from gwpf_baseline.methods import load_method
-from gwpf_baseline.methods.gwpf_paper import GWPFUpload
+from gwpf_baseline.methods.gwpf_paper import GWPFPaperStrategy, GWPFUpload
 from gwpf_baseline.utils import BoolVector
 
 # Our method, and the shares that are frozen with us and in the released code. The
@@ -221,7 +221,7 @@ class Ours:
     def play(self) -> Times:
         """Play a round; return the seconds of all, of the client and the server."""
         self.times = {"all": 0.0, "client": 0.0, "steps": 0.0}
-        if not self.coded:
+        if isinstance(self.strategy, GWPFPaperStrategy):
             self.strategy.mask = self.active
         with mock.patch.object(method_client, "train", self.train):
             with Timed(self.times, "all"):

@@ -120,7 +120,8 @@ def test_no_coordinate_is_thawed_without_a_vote() -> None:
 def test_the_averaged_model_is_measured_and_goes_on_after_a_restart() -> None:
     """Its accuracy is the record's; a checkpoint has it to the bit."""
     training = TrainingConfig(local_steps=2, batch_size=10, lr=0.2)
-    data, built = digits(), []
+    data = digits()
+    built: list[torch.Tensor] = []
 
     def measure(number: int, weights: Any, buffers: Any) -> tuple[float, float]:
         model = FlatModel(federation.strategy.model)

@@ -11,7 +11,6 @@ and does to the mean what the clients did: its step is as sparse and as ternary.
 
 from dataclasses import dataclass
 
-
 from gwpf_baseline.exchange.payload import Writer
 from gwpf_baseline.learning.method_client import Task
 from gwpf_baseline.learning.state import ClientState

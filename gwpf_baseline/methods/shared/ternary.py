@@ -102,6 +102,7 @@ def read_ternary(reader: Reader, dimension: int) -> Ternary:
 # ---- the server's half --------------------------------------------------------------
 
 
+# pylint: disable-next=abstract-method  # which its kinds fill in
 class TernaryStrategy(SyncStrategy[Ternary]):
     """A server whose clients' updates are ternary, and so are its steps.
 
@@ -233,6 +234,7 @@ class TernaryStrategy(SyncStrategy[Ternary]):
 # ---- the client's half --------------------------------------------------------------
 
 
+# pylint: disable-next=abstract-method  # which its kinds fill in
 class TernaryClient(SyncClient):
     """A client that follows ternary steps, and answers with a ternary update.
 
