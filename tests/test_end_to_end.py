@@ -127,7 +127,8 @@ def test_files_of_a_run(small_run: Path) -> None:
             ]
             assert sum(parts) == getattr(record, f"{way}_bytes")
             assert parts[2] == 0 < parts[3] <= 3 * 100  # LeNet-5 has no buffers
-    assert 0 < records[-1].uplink_position_bytes < records[-1].uplink_value_bytes
+    # A vote is a sign, and where.
+    assert 0 < records[-1].uplink_value_bytes < records[-1].uplink_position_bytes
 
     summary = json.loads((small_run / "summary.json").read_text())
     last = records[-1]
@@ -370,8 +371,9 @@ def test_cifar10_with_batch_norm(data_root: Path, tmp_path: Path) -> None:
     buffers = buffers_to_vector(model).numel()
     assert parameters_to_vector(model).numel() == 11_173_962
     assert [record.clients for record in records] == [2, 2]
-    # The first round sends votes and buffers only, the second values as well.
-    assert 2 * 4 * buffers < records[0].uplink_bytes < records[1].uplink_bytes
+    # Clients send votes and buffers, the server buffers, from the second on a step, too.
+    assert 2 * 4 * buffers < records[0].uplink_bytes
+    assert 2 * 4 * buffers < records[0].downlink_bytes < records[1].downlink_bytes
     saved = load_file(folder / "model.safetensors")
     assert int(saved["bn1.num_batches_tracked"]) == 2
     assert not torch.equal(saved["bn1.running_mean"], torch.zeros(64))
