@@ -371,7 +371,7 @@ def test_cifar10_with_batch_norm(data_root: Path, tmp_path: Path) -> None:
     buffers = buffers_to_vector(model).numel()
     assert parameters_to_vector(model).numel() == 11_173_962
     assert [record.clients for record in records] == [2, 2]
-    # Clients send votes and buffers, the server buffers, from the second on a step, too.
+    # Clients send votes and buffers; the server buffers, and then a step, too.
     assert 2 * 4 * buffers < records[0].uplink_bytes
     assert 2 * 4 * buffers < records[0].downlink_bytes < records[1].downlink_bytes
     saved = load_file(folder / "model.safetensors")
