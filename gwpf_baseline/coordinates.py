@@ -47,6 +47,29 @@ def scatter(values: np.ndarray, mask: BoolVector, target: np.ndarray) -> None:
         target[index] = values[part]
 
 
+def beyond(values: np.ndarray, bound: np.floating) -> np.ndarray:
+    """Return where a vector is large: ``np.flatnonzero(np.abs(values) >= bound)``.
+
+    Parameters
+    ----------
+    values : numpy.ndarray
+        ``(d,)``.
+    bound : numpy.floating
+        The least magnitude.
+
+    Returns
+    -------
+    numpy.ndarray
+        int64 ``(k,)``, rising.
+    """
+    found = []
+    for first in range(0, values.size, _BLOCK):
+        index = np.flatnonzero(np.abs(values[first : first + _BLOCK]) >= bound)
+        index += first
+        found.append(index)
+    return np.concatenate(found)
+
+
 def marked(index: np.ndarray, dimension: int) -> BoolVector:
     """Return the mask of some coordinates.
 

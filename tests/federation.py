@@ -38,6 +38,10 @@ from gwpf_baseline.strategy import Callback
 logging.getLogger("flwr").setLevel(logging.CRITICAL)
 
 
+# GWPF as published, with one exchange a round; clients hold back what is frozen.
+KEPT = {"frozen_update": "residual", "thaw_exchange": "next_round"}
+
+
 class Node(LocalNode):
     """A node between which and the server messages can be watched, changed and lost.
 

@@ -25,6 +25,66 @@ def slow_ternary(vector: np.ndarray, keep: float) -> np.ndarray:
     return result
 
 
+class Reference:
+    """A federation of ternary updates and steps, in float64 and client by client.
+
+    Parameters
+    ----------
+    clients : int
+        How many there are.
+    up, down : float
+        The shares of an upload and of the server's step.
+    step : float, default 1.0
+        How many times what is taken the model moves.
+    fading : float, default 1.0
+        What is left of what a client holds when it trains again.
+    """
+
+    def __init__(
+        self,
+        clients: int,
+        up: float,
+        down: float,
+        step: float = 1.0,
+        fading: float = 1.0,
+    ) -> None:
+        self.model = np.ones(LENGTH)
+        self.due = np.zeros(LENGTH)
+        self.kept = np.zeros((clients, LENGTH))
+        self.up, self.down, self.step, self.fading = up, down, step, fading
+
+    def play(self, exchange: int, answers: dict[int, bool]) -> None:
+        """Play a round in which some clients train, and the answers of some arrive."""
+        total = np.zeros(LENGTH)
+        for client, arrives in answers.items():
+            learned = walk(client, exchange).sum(0, dtype=np.float64)
+            self.kept[client] = self.fading * self.kept[client] + learned
+            if arrives:
+                sent = slow_ternary(self.kept[client], self.up)
+                self.kept[client] -= sent
+                total += sent / sum(answers.values())
+        if any(answers.values()):
+            self.due += total
+            taken = slow_ternary(self.due, self.down)
+            self.due -= taken
+            self.model += self.step * taken
+
+
+def given_by_clients(federation: Federation, rounds: int) -> np.ndarray:
+    """Return what clients have learned by :func:`walk` and hold no more, their mean.
+
+    After a last round by which they know that what they sent was used.
+    """
+    federation.play()
+    parts = []
+    for node in federation.nodes:
+        walked = [walk(node.partition, e).sum(0) for e in range(1, rounds + 2)]
+        learned = np.sum(walked, axis=0, dtype=np.float64)
+        parts.append(learned - node.state.arrays["residual"])
+    mean: np.ndarray = np.mean(parts, axis=0)
+    return mean
+
+
 # Who trains in each round, and whose answer arrives.
 TROUBLE: list[dict[int, bool]] = [
     {0: True, 1: True, 2: True, 3: True},

@@ -31,14 +31,31 @@ VALUES = hnp.arrays(
 )
 
 
+def by_sorting(values: np.ndarray, count: int) -> list[int]:
+    """Return where the largest magnitudes are, of equal ones the first, but no 0."""
+    order = np.argsort(-np.abs(values), kind="stable")[:count]
+    return sorted(order[values[order] != 0].tolist())
+
+
 @given(VALUES, st.integers(0, 20))
 def test_the_largest_are_chosen_and_of_equals_the_first(
     values: np.ndarray, count: int
 ) -> None:
     """By a stable sort."""
-    magnitude = np.abs(values)
-    order = sorted(range(20), key=lambda i: -magnitude[i])[:count]
-    assert largest(magnitude, count).tolist() == [i in order for i in range(20)]
+    assert largest(values, count).tolist() == by_sorting(values, count)
+
+
+@pytest.mark.parametrize("count", [1, 40, 4_000, 150_000, 200_000])
+@pytest.mark.parametrize("kind", ["normal", "votes", "large in sample", "small in it"])
+def test_the_largest_of_many_do_not_depend_on_the_sample(kind: str, count: int) -> None:
+    """Also if each seventh value, which are looked at first, is unlike the rest."""
+    rng = np.random.default_rng(count)
+    values = rng.standard_normal(200_000).astype(np.float32)
+    if kind == "votes":
+        values = np.float32(0.1) * values.round()
+    if "in" in kind:
+        values[::7] *= np.float32(1e3 if "large" in kind else 0)
+    assert largest(values, count).tolist() == by_sorting(values, count)
 
 
 @given(VALUES, st.sampled_from([0.0, 0.01, 0.5, 1.0]))

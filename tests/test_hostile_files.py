@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federation import Federation, Node, small
+from federation import KEPT, Federation, Node, small
 from flwr.common import Context
 from safetensors.torch import save_file
 
@@ -26,11 +26,7 @@ from gwpf_baseline.utils import ConfigError
 BRIEF = TrainingConfig(local_steps=1, batch_size=10)
 METHODS: dict[str, dict[str, Any]] = {
     "gwpf": {},
-    "gwpf_paper": {
-        "ema": 0.5,
-        "frozen_update": "residual",
-        "thaw_exchange": "next_round",
-    },
+    "gwpf_paper": {"ema": 0.5, **KEPT},
     "apf": {"check_every": 1},
     "stc": {"down": 0.1},
     "fedpm": {},
@@ -253,7 +249,7 @@ def test_old_files_of_a_client_are_removed(tmp_path: Path) -> None:
     assert len(list(folder.path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("method", ["gwpf_paper", "gaia", "stc", "apf"])
+@pytest.mark.parametrize("method", ["gwpf", "gwpf_paper", "gaia", "stc", "apf"])
 def test_a_node_that_starts_again_loses_nothing(method: str, tmp_path: Path) -> None:
     """If it has its part of the last checkpoint: the same models to the bit."""
     federation, twin = played(method), played(method)

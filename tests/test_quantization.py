@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federation import lose, scripted, small
+from federation import KEPT, lose, scripted, small
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -21,7 +21,6 @@ from gwpf_baseline.records.history import RoundRecord
 from gwpf_baseline.utils import ConfigError
 
 TRAINING = TrainingConfig(local_steps=2, batch_size=8, lr=0.2)
-KEPT = {"frozen_update": "residual", "thaw_exchange": "next_round"}
 HEADER = Header("test", Kind.UPDATE, exchange=1, base=0, length=20)
 FLOATS = st.floats(-(2.0**40), 2.0**40, width=32)
 VALUES = hnp.arrays(np.float32, 20, elements=FLOATS)

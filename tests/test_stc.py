@@ -9,7 +9,14 @@ from flwr.common import FitRes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
-from ternary_rounds import LENGTH, TROUBLE, play_in_trouble, slow_ternary, walk
+from ternary_rounds import (
+    TROUBLE,
+    Reference,
+    given_by_clients,
+    play_in_trouble,
+    slow_ternary,
+    walk,
+)
 
 from gwpf_baseline.exchange.header import Kind
 from gwpf_baseline.exchange.payload import Reader, Sections, Writer, from_parameters
@@ -72,33 +79,9 @@ def _header(federation: Federation) -> Any:
     return payload_of(federation.nodes[0].sent[0], federation).header
 
 
-class Reference:
-    """Algorithm 2, in float64 and client by client."""
-
-    def __init__(self, clients: int) -> None:
-        self.model = np.ones(LENGTH)
-        self.due = np.zeros(LENGTH)
-        self.kept = np.zeros((clients, LENGTH))
-
-    def play(self, exchange: int, answers: dict[int, bool]) -> None:
-        """Play a round in which some clients train, and the answers of some arrive."""
-        total = np.zeros(LENGTH)
-        for client, arrives in answers.items():
-            self.kept[client] += walk(client, exchange).sum(0, dtype=np.float64)
-            if arrives:
-                sent = slow_ternary(self.kept[client], SHARES["up"])
-                self.kept[client] -= sent
-                total += sent / sum(answers.values())
-        if any(answers.values()):
-            self.due += total
-            step = slow_ternary(self.due, SHARES["down"])
-            self.due -= step
-            self.model += step
-
-
 def test_a_federation_does_what_the_paper_does() -> None:
     """With clients away, answers lost, and a round in which all of them are."""
-    federation, reference = scripted("stc", walk, SHARES), Reference(4)
+    federation, reference = scripted("stc", walk, SHARES), Reference(4, **SHARES)
     for number, answers in enumerate(TROUBLE, start=1):
         play_in_trouble(federation, answers)
         reference.play(number, answers)
@@ -116,14 +99,7 @@ def test_nothing_that_was_learned_is_lost() -> None:
     federation.play(rounds)
     strategy = federation.strategy
     used = strategy.weights.numpy() - 1 + strategy.residual
-    # With the next message clients learn that their last uploads were used, too.
-    federation.play()
-    sent = []
-    for node in federation.nodes:
-        walked = [walk(node.partition, e).sum(0) for e in range(1, rounds + 2)]
-        learned = np.sum(walked, axis=0, dtype=np.float64)
-        sent.append(learned - node.state.arrays["residual"])
-    assert_allclose(np.mean(sent, axis=0), used, atol=1e-5)
+    assert_allclose(given_by_clients(federation, rounds), used, atol=1e-5)
     assert np.abs(used).max() > 0.1
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from federation import (
+    KEPT,
     Federation,
     Node,
     configured,
@@ -70,7 +71,7 @@ MASKED = [
     "method.thaw_exchange=next_round",
     "method.thaw_quorum=0.6",
 ]
-THRESHOLD = {"ema": 0.5, "frozen_update": "residual", "thaw_exchange": "next_round"}
+THRESHOLD = {"ema": 0.5, **KEPT}
 
 
 @pytest.fixture(name="compose", scope="module")
@@ -681,14 +682,14 @@ def test_silent_clients_are_named(warnings: Callable[[], str]) -> None:
 
 
 @pytest.mark.parametrize("name", ["silent", "lost", "NaN", "nothing"])
-@pytest.mark.parametrize("method", ["gwpf_paper", "fedavg", "stc"])
+@pytest.mark.parametrize("method", ["gwpf", "gwpf_paper", "fedavg", "stc"])
 def test_a_round_in_which_all_fail_changes_nothing(name: str, method: str) -> None:
     """Neither weights, buffers, mask nor averages; the next one goes on."""
     options = THRESHOLD if method == "gwpf_paper" else None
     federation = small([30, 40, 50], BRIEF, method, options)
     federation.play(3)
     counted = ["exchange", "records", "clients", "standings"]
-    if method == "stc":
+    if method in ("gwpf", "stc"):
         # A step that leads nowhere.
         counted += ["method.steps", "method.step_sizes"]
     before = {
@@ -1055,7 +1056,7 @@ def test_buffers_are_sent_in_full_and_counted() -> None:
     assert record.uplink_buffer_bytes == record.downlink_buffer_bytes == 2 * (2 + 44)
 
 
-@pytest.mark.parametrize("method", ["gwpf_paper", "fedavg", "stc"])
+@pytest.mark.parametrize("method", ["gwpf", "gwpf_paper", "fedavg", "stc"])
 def test_the_order_of_arrival_does_not_matter(method: str) -> None:
     """Floating-point sums depend on their order; the model does not, to the bit."""
     options = THRESHOLD if method == "gwpf_paper" else None

@@ -111,7 +111,7 @@ def encode_bitmap(bits: BoolVector, expected: np.ndarray | None = None) -> bytes
         rarer, count = _rarer(ones, bits.size)
         if expected is None and count <= _RARE * bits.size:
             model, longest = _gaps(count / bits.size)
-            encoder.encode(_to_gaps(bits == rarer, longest), model)
+            encoder.encode(_to_gaps(bits if rarer else ~bits, longest), model)
         else:
             model = _bernoulli(ones, bits.size, expected)
             encoder.encode(bits.astype(np.int32), *model)

@@ -27,7 +27,6 @@ from gwpf_baseline.methods.shared.ternary import (
     Ternary,
     TernaryClient,
     TernaryStrategy,
-    ternarise,
 )
 from gwpf_baseline.utils import BoolVector, ConfigError, is_number
 
@@ -103,9 +102,7 @@ class GWPFStrategy(TernaryStrategy):
 
     def finish_exchange(self, total_weight: float) -> BoolVector:
         """Accumulate the votes, thaw what has most of them, and move that."""
-        self.residual += self.mean_update(total_weight)
-        thawed = ternarise(self.residual, self.config.thaw_budget)
-        self.residual[thawed.positions] -= thawed.values()
+        thawed = self.compressed_mean(total_weight, self.config.thaw_budget)
         self.thawed = thawed.signs.size
         magnitude = np.float32(self.config.step) * thawed.magnitude
         changed = self.take_step(Ternary(thawed.positions, thawed.signs, magnitude))

@@ -15,11 +15,7 @@ from gwpf_baseline.exchange.payload import Writer
 from gwpf_baseline.learning.method_client import Task
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.methods import Method
-from gwpf_baseline.methods.shared.ternary import (
-    TernaryClient,
-    TernaryStrategy,
-    ternarise,
-)
+from gwpf_baseline.methods.shared.ternary import TernaryClient, TernaryStrategy
 from gwpf_baseline.utils import BoolVector, ConfigError, is_number
 
 
@@ -64,10 +60,7 @@ class STCStrategy(TernaryStrategy):
 
     def finish_exchange(self, total_weight: float) -> BoolVector:
         """Move the model by what the mean, with what is due, is compressed to."""
-        self.residual += self.mean_update(total_weight)
-        step = ternarise(self.residual, self.config.down)
-        self.residual[step.positions] -= step.values()
-        return self.take_step(step)
+        return self.take_step(self.compressed_mean(total_weight, self.config.down))
 
 
 class STCClient(TernaryClient):

@@ -9,11 +9,14 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from gwpf_baseline.coordinates import beyond
 from gwpf_baseline.learning.flat_model import Layer
 from gwpf_baseline.utils import BoolVector, FloatVector
 
 # Values in a sample of a long vector.
 _SAMPLE = 2**15
+# The least magnitude that is not 0.
+_LEAST = np.nextafter(np.float32(0), np.float32(1))
 
 
 def share(fraction: float, total: int) -> int:
@@ -21,48 +24,55 @@ def share(fraction: float, total: int) -> int:
     return math.ceil(fraction * total * (1 - 1e-12))
 
 
-def largest(magnitude: FloatVector, count: int) -> BoolVector:
-    """Choose the largest values.
+def largest(values: FloatVector, count: int) -> np.ndarray:
+    """Choose the values of largest magnitude.
 
     Parameters
     ----------
-    magnitude : numpy.ndarray
+    values : numpy.ndarray
         float32 ``(m,)``.
     count : int
-        How many, at most m.
+        How many.
 
     Returns
     -------
     numpy.ndarray
-        bool ``(m,)`` with exactly `count` set; of equal values the first.
+        int64, the places of `count` of them in rising order, of equal ones the first;
+        or of all that are not 0, if these are fewer.
     """
     if count <= 0:
-        return np.zeros(magnitude.size, np.bool_)
-    least = _kth_largest(magnitude, count)
-    chosen = magnitude > least
-    tied = np.flatnonzero(magnitude == least)
-    chosen[tied[: count - np.count_nonzero(chosen)]] = True
-    return chosen
+        return np.zeros(0, np.int64)
+    bound = _bound(values, count)
+    chosen = beyond(values, bound)
+    if chosen.size < count and bound > _LEAST:
+        bound, chosen = _LEAST, beyond(values, _LEAST)
+    excess = chosen.size - count
+    if excess <= 0:
+        return chosen
+    magnitude = np.abs(values.take(chosen))
+    # Where many are alike, as sums of a few votes are, the bound itself is mostly the
+    # least of them; ordering all of them would take twenty times as long.
+    above = magnitude[magnitude > bound]
+    if above.size > count:
+        place = above.size - count
+        bound = np.partition(above, place)[place]
+    keep = magnitude > bound
+    tied = np.flatnonzero(magnitude == bound)
+    keep[tied[: count - np.count_nonzero(keep)]] = True
+    return chosen[keep]
 
 
-def _kth_largest(values: FloatVector, count: int) -> np.float32:
-    """Return the least of the `count` largest values.
+def _bound(values: FloatVector, count: int) -> np.float32:
+    """Return a magnitude, above 0, that slightly more than `count` values mostly reach.
 
-    A sample gives a bound that slightly more than `count` are beyond, and only these
-    are ordered. Where many are alike, as sums of a few votes are, the bound itself is
-    mostly the answer; ordering all of them would take twenty times as long.
+    It comes from a sample, so that only those beyond it have to be ordered.
     """
-    sample = values[:: values.size // _SAMPLE + 1]
-    beyond = math.ceil(1.2 * count / values.size * sample.size) + 16
-    if beyond < sample.size:
-        bound = np.partition(sample, sample.size - beyond)[sample.size - beyond]
-        above = values > bound
-        if np.count_nonzero(above) >= count:
-            values = values[above]
-        elif np.count_nonzero(values >= bound) >= count:
-            return bound
-    place = values.size - count
-    return np.partition(values, place)[place]
+    sample = np.abs(values[:: values.size // _SAMPLE + 1])
+    reach = math.ceil(1.2 * count / values.size * sample.size) + 16
+    if reach >= sample.size:
+        return _LEAST
+    place = sample.size - reach
+    return np.maximum(np.partition(sample, place)[place], _LEAST)
 
 
 def above_threshold(
@@ -112,9 +122,8 @@ def largest_share(
     numpy.ndarray
         bool ``(d,)``. A value of 0 is never chosen.
     """
-    magnitude = np.abs(values)
-    chosen = magnitude > 0
+    chosen = np.zeros(values.size, np.bool_)
     for span, _ in layers:
-        part = magnitude[span]
-        chosen[span] &= largest(part, share(keep, part.size))
+        part = values[span]
+        chosen[span][largest(part, share(keep, part.size))] = True
     return chosen

@@ -44,7 +44,8 @@ class Ternary(NamedTuple):
 
     def values(self) -> FloatVector:
         """Return what it is where it is not zero, float32 ``(k,)``."""
-        return np.where(self.signs, self.magnitude, -self.magnitude)
+        either = np.array([-self.magnitude, self.magnitude], np.float32)
+        return either.take(self.signs)
 
 
 NOWHERE = Ternary(np.zeros(0, np.int64), np.zeros(0, np.bool_), np.float32(0))
@@ -65,20 +66,26 @@ def ternarise(vector: FloatVector, keep: float) -> Ternary:
     Ternary
         Algorithm 1.
     """
-    size = np.abs(vector)
-    positions = np.flatnonzero(largest(size, share(keep, vector.size)))
-    positions = positions[size[positions] > 0]
+    positions = largest(vector, share(keep, vector.size))
     kept = vector[positions]
     magnitude = np.abs(kept).mean() if kept.size else np.float32(0)
     return Ternary(positions, kept > 0, np.float32(magnitude))
 
 
-def write_ternary(sections: Sections, step: Ternary, dimension: int) -> None:
-    """Code a ternary vector: a bitmap of positions, one of signs, one float."""
-    sections.bitmap(marked(step.positions, dimension))
+def write_ternary(sections: Sections, step: Ternary, dimension: int) -> BoolVector:
+    """Code a ternary vector: a bitmap of positions, one of signs, one float.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool ``(d,)``, where it is not zero.
+    """
+    mask = marked(step.positions, dimension)
+    sections.bitmap(mask)
     if step.signs.size:
         sections.bitmap(step.signs, part=Part.VALUES)
         sections.vector(np.array([step.magnitude], np.float32))
+    return mask
 
 
 def read_ternary(reader: Reader, dimension: int) -> Ternary:
@@ -132,13 +139,13 @@ class TernaryStrategy(SyncStrategy[Ternary]):
         super().__init__(*args, **kwargs)
         self.refuse("sends signs of one size", "server_optimizer", "quantization")
         self.residual = np.zeros(self.dimension, np.float32)
-        self.update_sum = np.zeros(0, np.float32)
+        self.update_sum = np.zeros(self.dimension, np.float32)
         self.sent = 0
         self.steps: list[Sections] = []
 
     def reset_sums(self) -> None:
         """Start the sum afresh."""
-        self.update_sum = np.zeros(self.dimension, np.float32)
+        self.update_sum.fill(0)
         self.sent = 0
 
     def read_upload(self, reader: Reader) -> Ternary:
@@ -152,21 +159,26 @@ class TernaryStrategy(SyncStrategy[Ternary]):
         self.update_sum[upload.positions] += np.float32(weight) * upload.values()
         self.sent += upload.signs.size
 
-    def mean_update(self, total_weight: float) -> FloatVector:
-        """Return the clients' mean update, in the place of its sum.
+    def compressed_mean(self, total_weight: float, keep: float) -> Ternary:
+        """Compress the clients' mean update with what is due; the rest stays due.
 
         Parameters
         ----------
         total_weight : float
             Sum of the clients' weights.
+        keep : float
+            The share of coordinates to take, see :func:`ternarise`.
 
         Returns
         -------
-        numpy.ndarray
-            float32 ``(d,)``.
+        Ternary
+            What was taken out of `residual`.
         """
         self.update_sum /= np.float32(total_weight)
-        return self.update_sum
+        self.residual += self.update_sum
+        taken = ternarise(self.residual, keep)
+        self.residual[taken.positions] -= taken.values()
+        return taken
 
     def take_step(self, step: Ternary) -> BoolVector:
         """Move the model by a step, and keep it for those who are not here.
@@ -182,20 +194,20 @@ class TernaryStrategy(SyncStrategy[Ternary]):
             bool ``(d,)``, the coordinates that changed.
         """
         self.weights.numpy()[step.positions] += step.values()
-        self._remember(step)
-        return marked(step.positions, self.dimension)
+        return self._remember(step)
 
     def abandon_exchange(self) -> None:
         """Remember a step that leads nowhere: steps are counted by exchanges."""
         self._remember(NOWHERE)
 
-    def _remember(self, step: Ternary) -> None:
+    def _remember(self, step: Ternary) -> BoolVector:
         coded = Sections()
-        write_ternary(coded, step, self.dimension)
+        changed = write_ternary(coded, step, self.dimension)
         self.steps.append(coded)
         # What is larger than the model is never sent.
         while sum(step.size for step in self.steps) >= 4 * self.dimension:
             del self.steps[0]
+        return changed
 
     def write_change(self, writer: Writer, held: ClientRecord) -> bool:
         """Write the steps that a client has missed."""
@@ -271,6 +283,6 @@ class TernaryClient(SyncClient):
             The share of coordinates to send, see :func:`ternarise`.
         """
         update = ternarise(residual, keep)
-        write_ternary(writer, update, residual.size)
+        sent = write_ternary(writer, update, residual.size)
         left_out = residual[update.positions] - update.values()
-        self.note_sent(state, marked(update.positions, residual.size), left_out)
+        self.note_sent(state, sent, left_out)
