@@ -24,7 +24,7 @@ from gwpf_baseline.report.runs import ReportError, Run, find_runs, read_run
 from gwpf_baseline.report.tables import lay_out, write_cell
 
 FIGURES = {"metric_rounds.png", "metric_bytes.png", "metric_time.png", "frozen.png"}
-FIGURES |= {"bandwidth.png"}
+FIGURES |= {"bandwidth.png", "split.png"}
 # Three seeds of one method, as unlike as seeds are; the third diverges.
 ACCURACIES = [[0.5, None, 0.8, 0.9], [0.4, None, 0.95, 0.85], [0.3, None, 0.2, 0.1]]
 
@@ -278,7 +278,7 @@ def test_labels_name_what_differs(tmp_path: Path) -> None:
     assert labels(
         make_run(tmp_path / "0", "method=fedavg"),
         make_run(tmp_path / "1", "method=fedavg", local_steps=20),
-        make_run(tmp_path / "2", method__thaw_budget=0.02),
+        make_run(tmp_path / "2", method__thaw_budget=0.04),
         make_run(tmp_path / "3", method__thaw_budget=0.1),
         make_run(tmp_path / "4", "method=gwpf_paper"),
         make_run(tmp_path / "5", "method=gwpf_paper", local_epochs=1, lr=1),
@@ -826,6 +826,7 @@ def test_runs_in_which_everything_failed(
         "median_client_seconds": None,
         "uplink_bits_per_parameter": 0.0,
         "downlink_bits_per_parameter": 0.0,
+        **dict.fromkeys((column for column in COLUMNS if "_bytes" in column), 0),
     }
     runs = [
         make_run(tmp_path / str(seed), records=[make_record(1, **nothing)], seed=seed)

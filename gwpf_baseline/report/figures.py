@@ -13,13 +13,22 @@ from matplotlib.ticker import (
     LogLocator,
     MaxNLocator,
     NullFormatter,
+    PercentFormatter,
     StrMethodFormatter,
 )
 
 from gwpf_baseline.records.history import RoundRecord
 from gwpf_baseline.records.plots import draw, label_rounds
 from gwpf_baseline.records.target import metric_of
-from gwpf_baseline.report.measures import Axis, Curve, Groups, average_curve, traffic
+from gwpf_baseline.report.measures import (
+    WAYS,
+    Axis,
+    Curve,
+    Groups,
+    average_curve,
+    split,
+    traffic,
+)
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, with grey instead of
 # their yellow, which is hard to see on white. The line styles are a second help.
@@ -34,6 +43,13 @@ _COLOURS = (
     "#808080",
 )
 _LINES = ("-", "--", "-.", ":")
+# Parts of bytes: their name, and a blue for those up, an orange for those down.
+_PARTS = {
+    "value": ("values", "#0072B2", "#D55E00"),
+    "position": ("positions", "#56A5D6", "#EE9A5C"),
+    "buffer": ("buffers", "#A3CFEA", "#F7C9A6"),
+    "overhead": ("overhead", "#DCECF6", "#FBE7D9"),
+}
 _PLAIN = StrMethodFormatter("{x:,g}")
 
 
@@ -44,7 +60,7 @@ class _XAxis(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """A kind of figure.
+    """A figure of curves.
 
     Parameters
     ----------
@@ -82,13 +98,14 @@ _TIME = _XAxis(
     "modelled time so far in seconds",
     _PLAIN,
 )
-FIGURES = {
+_CURVES = {
     "metric_rounds": Kind(_ROUNDS, metric_of, "test {metric}"),
     "metric_bytes": Kind(_BYTES, metric_of, "test {metric}"),
     "metric_time": Kind(_TIME, metric_of, "test {metric}"),
     "frozen": Kind(_ROUNDS, _frozen, "frozen share of the parameters"),
     "bandwidth": Kind(_ROUNDS, _bits, "bits a parameter and round, both ways"),
 }
+FIGURES = (*_CURVES, "split")
 
 
 def draw_figures(groups: Groups, target: float | None, folder: Path) -> list[str]:
@@ -120,7 +137,7 @@ def draw_figures(groups: Groups, target: float | None, folder: Path) -> list[str
 
 
 def draw_figure(name: str, groups: Groups, target: float | None, file: Path) -> bool:
-    """Draw a figure, a line a group.
+    """Draw a figure, a line or a bar a group.
 
     Parameters
     ----------
@@ -138,7 +155,9 @@ def draw_figure(name: str, groups: Groups, target: float | None, file: Path) -> 
     bool
         Whether there was anything to draw; if not, no file is written.
     """
-    kind = FIGURES[name]
+    if name == "split":
+        return _draw_split(groups, file)
+    kind = _CURVES[name]
     metric = next(iter(groups.values()))[0].metric
     curves = {
         label: average_curve(group, kind.x.of, lambda record: kind.y(record, metric))
@@ -184,8 +203,43 @@ def caption(name: str, metric: str) -> str:
     str
         Such as ``"test accuracy over bytes sent so far, both ways"``.
     """
-    kind = FIGURES[name]
+    if name == "split":
+        return "what bytes are spent on, and how many they are, both ways"
+    kind = _CURVES[name]
     return f"{kind.y_label.format(metric=metric)} over {kind.x.label}"
+
+
+def _draw_split(groups: Groups, file: Path) -> bool:
+    """Draw a bar a group: the shares of what its bytes are spent on, up and down."""
+    splits = {label: split(group) for label, group in groups.items()}
+    totals = [sum(sum(way.values()) for way in one.values()) for one in splits.values()]
+    if not any(totals):
+        return False
+    labels = [label if len(label) <= 40 else f"{label[:36]} ..." for label in splits]
+    figure = Figure((7, min(1.5 + 0.4 * len(splits), 40)), layout="constrained")
+    axes = figure.add_subplot()
+    places, ends = range(len(splits)), [0.0] * len(splits)
+    for number, way in enumerate(WAYS):
+        for part, (name, *colours) in _PARTS.items():
+            shares = [
+                one[way][part] / (total or 1)
+                for one, total in zip(splits.values(), totals, strict=True)
+            ]
+            if any(shares):
+                label = f"{name} {way.removesuffix('link')}"
+                axes.barh(places, shares, left=ends, color=colours[number], label=label)
+            ends = [end + share for end, share in zip(ends, shares, strict=True)]
+    axes.set_yticks(places, labels, parse_math=False)
+    axes.invert_yaxis()  # the first group on top, as in a table
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_xlabel("share of all bytes")
+    sizes = axes.secondary_yaxis("right")
+    sizes.set_yticks(places, [EngFormatter("B", places=1)(total) for total in totals])
+    sizes.tick_params(length=0)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.savefig(file, dpi=150)
+    return True
 
 
 def _draw_curves(axes: Axes, curves: Mapping[str, Curve]) -> None:

@@ -148,20 +148,37 @@ def _column_mean(group: Iterable[Run], column: str) -> float | None:
     return _mean(_mean(_values(run, column)) for run in group)
 
 
-def _shares(group: Sequence[Run]) -> Row:
-    """Return what share of a direction's bytes each part of the payloads takes."""
-    shares: Row = {}
-    for way in WAYS:
-        sums = {
-            part: sum(
-                getattr(record, f"{way}_{part}_bytes")
+def split(group: Sequence[Run]) -> dict[str, dict[str, float]]:
+    """Return what a group's bytes are spent on.
+
+    Parameters
+    ----------
+    group : sequence of Run
+        The runs.
+
+    Returns
+    -------
+    dict of str to dict of str to float
+        For each of `WAYS` the bytes of each of `PARTS`, the mean of the runs.
+    """
+    return {
+        way: {
+            part: statistics.fmean(
+                sum(getattr(record, f"{way}_{part}_bytes") for record in run.records)
                 for run in group
-                for record in run.records
             )
             for part in PARTS
         }
-        total = sum(sums.values())
-        for part, size in sums.items():
+        for way in WAYS
+    }
+
+
+def _shares(group: Sequence[Run]) -> Row:
+    """Return what share of a direction's bytes each part of the payloads takes."""
+    shares: Row = {}
+    for way, sizes in split(group).items():
+        total = sum(sizes.values())
+        for part, size in sizes.items():
             shares[f"{way}_{part}_share"] = size / total if total else None
     return shares
 
