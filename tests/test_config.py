@@ -157,7 +157,7 @@ def test_every_choice_of_every_group_composes() -> None:
         ("resume=/no/where", "resume=/no/where: must be the folder of a run"),
         ("resume=[]", "resume=[]: must be a folder, or null"),
         ("method=null", "method=null: must be one of apf, apf_aggressive, cmfl, "),
-        ("method=[gwpf,apf]", "method.vote_fraction=0.02: must be one of control"),
+        ("method=[gwpf,apf]", "method.vote_fraction=0.04: must be one of control"),
         ("method=[]", "method=None: must be one of apf, apf_aggressive, cmfl, "),
         ("experiment=5", "experiment=5: must be one of apf_control, "),
         ("dataset=true", "dataset=true: must be one of "),
@@ -314,7 +314,7 @@ def test_an_installed_wheel_finds_its_configuration(
         check=True,
     ).stdout
     assert str(tmp_path / "site" / "gwpf_baseline" / "conf") in printed
-    assert "thaw_budget: 0.02" in printed
+    assert "thaw_budget: 0.04" in printed
 
 
 def test_paths_are_made_absolute(

@@ -37,9 +37,9 @@ class GWPFConfig:
 
     Parameters
     ----------
-    vote_fraction : float, default 0.02
+    vote_fraction : float, default 0.04
         The share of all coordinates that a client votes for, in ``(0, 1]``.
-    thaw_budget : float, default 0.02
+    thaw_budget : float, default 0.04
         The share of all coordinates that the server thaws, in ``(0, 1]``.
     step : float, default 3.0
         How far a thawed coordinate moves, in mean votes, above 0. What clients have
@@ -47,9 +47,10 @@ class GWPFConfig:
     half_life : float, default 200.0
         The local iterations after which a client has forgotten half of what it has
         accumulated, above 0: by then it has learned most of that again.
-    averaging : float, default 0.5
-        The share of the averaged model, which is measured and saved, that outlives a
-        round, in ``[0, 1)``; 0 measures the global model itself.
+    averaging : float, default 0.1
+        Over what share of the rounds so far, about, the model is averaged that is
+        measured and saved, in ``[0, 1]``: 0 measures the global model itself, 1 the
+        mean of all.
 
     Raises
     ------
@@ -57,11 +58,11 @@ class GWPFConfig:
         A value that is not allowed.
     """
 
-    vote_fraction: float = 0.02
-    thaw_budget: float = 0.02
+    vote_fraction: float = 0.04
+    thaw_budget: float = 0.04
     step: float = 3.0
     half_life: float = 200.0
-    averaging: float = 0.5
+    averaging: float = 0.1
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -72,8 +73,25 @@ class GWPFConfig:
             value = getattr(self, key)
             if not is_number(value) or not 0 < value < math.inf:
                 raise ConfigError(f"method.{key}", value, "a number > 0")
-        if not is_number(self.averaging) or not 0 <= self.averaging < 1:
-            raise ConfigError("method.averaging", self.averaging, "in [0, 1)")
+        if not is_number(self.averaging) or not 0 <= self.averaging <= 1:
+            raise ConfigError("method.averaging", self.averaging, "in [0, 1]")
+
+
+def newest_share(exchange: int, averaging: float) -> float:
+    """Return the share that the newest model has in the average of all.
+
+    Polynomial-decay averaging, with eta = 1 / averaging - 1. Shamir, Zhang: Stochastic
+    Gradient Descent for Non-smooth Optimization: Convergence Results and Optimal
+    Averaging Schemes. ICML 2013.
+
+    Parameters
+    ----------
+    exchange : int
+        The exchange's number, from 1.
+    averaging : float
+        As of :class:`GWPFConfig`.
+    """
+    return 1 / (1 + averaging * (exchange - 1))
 
 
 class GWPFStrategy(TernaryStrategy):
@@ -106,7 +124,8 @@ class GWPFStrategy(TernaryStrategy):
         self.thawed = thawed.signs.size
         magnitude = np.float32(self.config.step) * thawed.magnitude
         changed = self.take_step(Ternary(thawed.positions, thawed.signs, magnitude))
-        self.average.lerp_(self.weights, 1 - self.config.averaging)
+        share = newest_share(self.exchange, self.config.averaging)
+        self.average.lerp_(self.weights, share)
         return changed
 
     def measured_weights(self) -> torch.Tensor:
