@@ -310,6 +310,7 @@ def test_sweep_over_methods(data_root: Path, tmp_path: Path) -> None:
     bits = {m: s["uplink_bits_per_parameter"] for m, s in summaries.items()}
     assert bits["fedavg"] == pytest.approx(32, rel=2e-3)
     assert 0 < bits["gwpf"] < 1 and 0 < bits["fedpm"] < 1
+    assert 0.9 < bits["signsgd"] < 1.01
     # A position and a sign for each hundredth.
     assert 0 < bits["stc"] < 0.15
     assert 1 < bits["zerofl"] < bits["gradient_pruning"] < 33

@@ -15,7 +15,13 @@ from numpy.testing import assert_allclose, assert_array_equal
 from gwpf_baseline.exchange.coding import WireError
 from gwpf_baseline.exchange.header import Header, Kind
 from gwpf_baseline.exchange.payload import Reader, Writer
-from gwpf_baseline.exchange.quantization import Quantization, dequantize, quantize
+from gwpf_baseline.exchange.quantization import (
+    Quantization,
+    dequantize,
+    quantize,
+    read_levels,
+    write_levels,
+)
 from gwpf_baseline.learning.training import TrainingConfig
 from gwpf_baseline.records.history import RoundRecord
 from gwpf_baseline.utils import ConfigError
@@ -27,7 +33,7 @@ VALUES = hnp.arrays(np.float32, 20, elements=FLOATS)
 COUNTS = st.sampled_from([[20], [0, 7, 13], [1, 0, 0, 19], [5, 5, 5, 5]])
 
 
-@given(VALUES, COUNTS, st.sampled_from([8, 16]))
+@given(VALUES, COUNTS, st.sampled_from([2, 3, 4, 8, 16]))
 def test_a_value_becomes_the_nearest_level(
     values: np.ndarray, counts: list[int], bits: int
 ) -> None:
@@ -48,6 +54,66 @@ def test_a_value_becomes_the_nearest_level(
         start += count
 
 
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_rounding_at_random_is_right_on_average(bits: int) -> None:
+    """Up or down, to one of the two levels next to a value; its mean is the value."""
+    draws, counts = 4_000, [3, 4]
+    values = np.array([1.0, 0.3, 0.0, -2.0, 0.5, -0.01, 1.9], np.float32)
+    tops = np.repeat([1.0, 2.0], counts)
+    step = tops / (2 ** (bits - 1) - 1)
+    rng, total = np.random.default_rng(0), np.zeros(7)
+    for _ in range(draws):
+        back = dequantize(*quantize(values, counts, bits, rng), counts)
+        assert np.all(np.abs(back - values) < step * (1 + 1e-5))
+        assert_allclose(back[[0, 2, 3]], values[[0, 2, 3]], rtol=1e-6)
+        total += back
+    # Six standard deviations of the mean, of which none is more than half a step.
+    assert_allclose(total / draws, values, atol=float(3 * step.max() / draws**0.5))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_few_levels_take_their_entropy(bits: int) -> None:
+    """That of the magnitudes, and a bit for each sign."""
+    rng, count = np.random.default_rng(bits), 50_000
+    limit = 2 ** (bits - 1) - 1
+    values = np.clip(rng.laplace(scale=0.12, size=count), -1, 1).astype(np.float32)
+    values[0] = 1
+    levels, _ = quantize(values, [count], bits)
+    shares = np.bincount(np.abs(levels), minlength=limit + 1) / count
+    bits_each = -(shares[shares > 0] * np.log2(shares[shares > 0])).sum()
+    bits_each += 1 - shares[0]
+    size = len(_sent(Quantization(bits), values, [count]))
+    assert size <= bits_each * count / 8 * 1.01 + 100
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_level_of_more_bits_is_refused(bits: int) -> None:
+    """Before it is used."""
+    writer = Writer(HEADER)
+    levels = np.zeros(20, np.int8)
+    levels[7] = -(2 ** (bits - 1))
+    write_levels(writer, levels)
+    with pytest.raises(WireError, match=f"a level of more than {bits} bits"):
+        read_levels(Reader(writer.payload(), "test", 20), 20, bits)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@given(data=st.data())
+def test_damaged_levels_are_refused_or_are_levels(
+    bits: int, data: st.DataObject
+) -> None:
+    """Nothing else is raised, and nothing beyond the bits is returned."""
+    values = np.linspace(-1, 1, 20, dtype=np.float32)
+    payload = bytearray(_sent(Quantization(bits), values, [20]))
+    place = data.draw(st.integers(0, len(payload) - 1))
+    payload[place] ^= data.draw(st.integers(1, 255))
+    try:
+        back = Quantization(bits).read_update(Reader(bytes(payload), "test", 20), [20])
+    except WireError:
+        return
+    assert back.shape == (20,) and len(np.unique(np.abs(back))) <= 2 ** (bits - 1)
+
+
 def _sent(
     quantization: Quantization, values: np.ndarray, counts: Sequence[int]
 ) -> bytes:
@@ -56,15 +122,16 @@ def _sent(
     return writer.payload()
 
 
-@pytest.mark.parametrize("bits", [8, 16, 32])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8, 16, 32])
 @pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize("rounding", ["nearest", "random"])
 @given(VALUES, COUNTS)
 def test_what_is_written_can_be_read(
-    bits: int, fp16: bool, values: np.ndarray, counts: list[int]
+    bits: int, fp16: bool, rounding: str, values: np.ndarray, counts: list[int]
 ) -> None:
     """Each value is close to what was sent, nothing is left over, and the sender knows
     to the bit what arrives."""
-    quantization = Quantization(bits, fp16)
+    quantization = Quantization(bits, fp16, "nearest" if bits == 32 else rounding)
     reader = Reader(_sent(quantization, values, counts), "test", 20)
     back = quantization.read_update(reader, counts)
     reader.finish()
@@ -84,13 +151,14 @@ def test_another_precision_is_refused() -> None:
     """By whoever expects other bits, and before a number is used."""
     values, counts = np.ones(20, np.float32), [20]
     kinds = [Quantization(8), Quantization(16), Quantization(), Quantization(fp16=True)]
+    kinds.append(Quantization(2))
     for sender in kinds:
         for receiver in kinds:
             reader = Reader(_sent(sender, values, counts), "test", 20)
             if sender == receiver:
                 receiver.read_update(reader, counts)
                 continue
-            with pytest.raises(WireError, match="expected|too many|missing"):
+            with pytest.raises(WireError, match="expected|too many|missing|a bitmap of"):
                 receiver.read_update(reader, counts)
                 reader.finish()
 
@@ -216,6 +284,33 @@ def test_the_residual_is_what_the_server_did_not_get(
     assert_array_equal(residual, left_out)
 
 
+@pytest.mark.parametrize("method", ["fedavg", "gradient_pruning"])
+def test_nothing_is_kept_of_what_is_rounded_at_random(method: str) -> None:
+    """It is right on average already; draws differ by client and round."""
+
+    def halves(client: int, exchange: int) -> np.ndarray:
+        del client, exchange
+        return np.array([[1.0] + [0.5] * 23], np.float32)
+
+    quantization = Quantization(2, rounding="random")
+    options = {"keep": 1.0} if method == "gradient_pruning" else {}
+    federation = scripted(method, halves, options, 2, quantization=quantization)
+    moved = []
+    for _ in range(30):
+        before = federation.strategy.weights.clone()
+        federation.play()
+        moved.append((federation.strategy.weights - before).numpy())
+        for node in federation.nodes:
+            assert "left_out" not in node.state.arrays
+    assert_allclose(np.array(moved)[:, 0], 1.0)
+    # The rest of the first tensor, which has the large one, and the other tensor.
+    assert {0.0, 0.5, 1.0} == set(np.unique(moved))
+    assert_allclose(np.mean(moved, axis=0)[1:], 0.5, atol=0.4)
+    twin = scripted(method, halves, options, 2, quantization=quantization)
+    twin.play()
+    assert_array_equal(twin.strategy.weights.numpy() - 1, moved[0])
+
+
 @pytest.mark.parametrize("method", ["fedavg", "gwpf_paper"])
 def test_the_rounding_of_a_lost_upload_is_forgotten(method: str) -> None:
     """The server has got nothing of it, so nothing of it is missing."""
@@ -238,11 +333,20 @@ def test_the_rounding_of_a_lost_upload_is_forgotten(method: str) -> None:
         assert_array_equal(after, before)
 
 
-@pytest.mark.parametrize("bits", [0, 4, 64, 8.5, None, True, "8"])
+@pytest.mark.parametrize("bits", [0, 1, 5, 64, 8.5, None, True, "8"])
 def test_wrong_bits_are_named(bits: Any) -> None:
     """One line says which."""
     with pytest.raises(ConfigError, match="quantization.bits="):
         Quantization(bits)
+
+
+@pytest.mark.parametrize("rounding", ["down", None, True])
+def test_a_wrong_rounding_is_named(rounding: Any) -> None:
+    """One line says which, also if there is nothing to round."""
+    with pytest.raises(ConfigError, match="quantization.rounding=.* one of nearest"):
+        Quantization(8, rounding=rounding)
+    with pytest.raises(ConfigError, match="nearest where quantization.bits=32"):
+        Quantization(rounding="random")
 
 
 def test_wrong_fp16_is_named() -> None:

@@ -23,7 +23,7 @@ from gwpf_baseline.learning.flat_model import (
 )
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.learning.training import Batches, StepHook, TrainingConfig, train
-from gwpf_baseline.utils import BoolVector, FloatVector
+from gwpf_baseline.utils import BoolVector, FloatVector, derive_seed
 
 
 @dataclass(frozen=True)
@@ -352,7 +352,7 @@ class MethodClient(ABC):
         numpy.ndarray
             float32 ``(d,)``.
         """
-        if self.quantization.exact_updates:
+        if not self.quantization.feedback:
             return update
         due: FloatVector = update + self.residual(state)
         return due
@@ -383,8 +383,11 @@ class MethodClient(ABC):
             self.note_sent(state, mask)
             return
         counts = values_per_layer(self.layers, mask)
-        received = self.quantization.write_update(writer, values, counts)
-        self.note_sent(state, mask, values - received)
+        batches = self.batches
+        seed = derive_seed(batches.seed, "rounding", batches.client, self.server_round)
+        received = self.quantization.write_update(writer, values, counts, seed)
+        left_out = values - received if self.quantization.feedback else None
+        self.note_sent(state, mask, left_out)
 
     def note_sent(
         self,

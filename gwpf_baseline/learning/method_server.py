@@ -408,6 +408,7 @@ class MethodServer(ABC, Generic[Upload]):
             },
             "quantization": {
                 "quantization.bits": (self.quantization.bits, 32),
+                "quantization.rounding": (self.quantization.rounding, "nearest"),
                 "quantization.fp16": (self.quantization.fp16, False),
             },
         }

@@ -2,8 +2,8 @@
 
 A method is a configuration, a strategy and a client. The strategy says what becomes of
 uploads (:class:`~gwpf_baseline.learning.method_server.MethodServer` lists all that it
-can decide), the client what it uploads. Here is a whole one, a majority vote on the
-direction of each coordinate:
+can decide), the client what it uploads. Here is a whole one, in which clients send
+signs, and the model moves by their mean:
 
 >>> from dataclasses import dataclass
 >>> import numpy as np
@@ -14,37 +14,37 @@ direction of each coordinate:
 >>> from gwpf_baseline.strategy import SyncStrategy
 
 >>> @dataclass(frozen=True)
-... class MajorityConfig:
+... class MeanSignConfig:
 ...     step: float = 0.002
 
->>> class MajorityStrategy(SyncStrategy):
-...     name = "majority"
+>>> class MeanSignStrategy(SyncStrategy):
+...     name = "mean_sign"
 ...
 ...     def reset_sums(self):
-...         self.votes = np.zeros(self.dimension, np.float32)
+...         self.signs = np.zeros(self.dimension, np.float32)
 ...
 ...     def read_upload(self, reader):
 ...         return reader.bitmap(self.dimension, part=Part.VALUES)
 ...
 ...     def add_upload(self, upload, weight):
-...         self.votes += np.where(upload, weight, -weight)
+...         self.signs += np.where(upload, weight, -weight)
 ...
 ...     def finish_exchange(self, total_weight):
-...         self.move(np.float32(self.config.step) * np.sign(self.votes))
+...         self.move(np.float32(self.config.step / total_weight) * self.signs)
 ...         return EVERYTHING
 
->>> class MajorityClient(SyncClient):
-...     name = "majority"
+>>> class MeanSignClient(SyncClient):
+...     name = "mean_sign"
 ...
 ...     def upload(self, task, state, writer):
 ...         delta, loss = self.train(task.weights, task, state)
 ...         writer.bitmap(delta.numpy() > 0, part=Part.VALUES)
 ...         return loss
 
->>> METHOD = Method(MajorityConfig, MajorityStrategy, MajorityClient)
+>>> METHOD = Method(MeanSignConfig, MeanSignStrategy, MeanSignClient)
 
-In ``methods/majority.py``, with ``conf/method/majority.yaml`` beside the others (its
-``name``, the ``module`` and the hyper-parameters), ``method=majority`` runs it on any
+In ``methods/mean_sign.py``, with ``conf/method/mean_sign.yaml`` beside the others (its
+``name``, the ``module`` and the hyper-parameters), ``method=mean_sign`` runs it on any
 data and model, counted, recorded and compared like all others. Or by hand, in this
 process:
 
@@ -52,7 +52,7 @@ process:
 >>> from gwpf_baseline.config import checked, compose_config, workbench
 >>> from gwpf_baseline.local import federation
 >>> cfg = checked(compose_config(["num_clients=4", "local_steps=2"]))
->>> bench = replace(workbench(cfg), method=METHOD, method_config=MajorityConfig())
+>>> bench = replace(workbench(cfg), method=METHOD, method_config=MeanSignConfig())
 >>> record = federation(cfg, bench).play(rounds=3)
 >>> record.clients, record.failures, round(record.uplink_bits_per_parameter, 1)
 (4, 0, 0.9)

@@ -1,10 +1,10 @@
 """Vectors of zeros and of plus and minus one magnitude, as updates and as steps.
 
 After Sattler, Wiedemann, Müller, Samek: Robust and Communication-Efficient Federated
-Learning from Non-IID Data. IEEE TNNLS 2020, algorithm 1. Clients answer with the
-largest of what they have accumulated; the server moves the model by a step of the same
-kind, which is what it sends; who missed some steps is sent them, or the whole model
-where that is smaller. What a mean becomes a step by is a method's own.
+Learning from Non-IID Data. IEEE TNNLS 2020, algorithm 1. The server moves the model by
+such steps, which is what it sends; who missed some is sent them, or the whole model
+where that is smaller. Where updates are of the same kind, clients answer with the
+largest of what they have accumulated. What becomes a step is a method's own.
 """
 
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from gwpf_baseline.exchange.coding import WireError
 from gwpf_baseline.exchange.messages import ClientRecord
 from gwpf_baseline.exchange.payload import Part, Reader, Sections, Sizes, Writer
 from gwpf_baseline.learning.client import SyncClient
+from gwpf_baseline.learning.method_server import Upload
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.methods.shared.pruning import largest, share
 from gwpf_baseline.strategy import SyncStrategy
@@ -110,8 +111,8 @@ def read_ternary(reader: Reader, dimension: int) -> Ternary:
 
 
 # pylint: disable-next=abstract-method  # which its kinds fill in
-class TernaryStrategy(SyncStrategy[Ternary]):
-    """A server whose clients' updates are ternary, and so are its steps.
+class SteppingStrategy(SyncStrategy[Upload]):
+    """A server whose model moves by ternary steps, which is what it sends.
 
     A method fills in `finish_exchange`, which ends with :meth:`take_step`.
 
@@ -122,10 +123,6 @@ class TernaryStrategy(SyncStrategy[Ternary]):
 
     Attributes
     ----------
-    residual : numpy.ndarray
-        float32 ``(d,)``, what clients have sent and the model has not moved by.
-    update_sum : numpy.ndarray
-        float32 ``(d,)``, the weighted sum of the exchange's updates.
     steps : list of Sections
         The last exchanges' steps, coded; never larger than the whole model.
 
@@ -138,47 +135,7 @@ class TernaryStrategy(SyncStrategy[Ternary]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.refuse("sends signs of one size", "server_optimizer", "quantization")
-        self.residual = np.zeros(self.dimension, np.float32)
-        self.update_sum = np.zeros(self.dimension, np.float32)
-        self.sent = 0
         self.steps: list[Sections] = []
-
-    def reset_sums(self) -> None:
-        """Start the sum afresh."""
-        self.update_sum.fill(0)
-        self.sent = 0
-
-    def read_upload(self, reader: Reader) -> Ternary:
-        """Take one client's ternary update."""
-        upload = read_ternary(reader, self.dimension)
-        self.measure(upload.values())
-        return upload
-
-    def add_upload(self, upload: Ternary, weight: float) -> None:
-        """Add one client's update."""
-        self.update_sum[upload.positions] += np.float32(weight) * upload.values()
-        self.sent += upload.signs.size
-
-    def compressed_mean(self, total_weight: float, keep: float) -> Ternary:
-        """Compress the clients' mean update with what is due; the rest stays due.
-
-        Parameters
-        ----------
-        total_weight : float
-            Sum of the clients' weights.
-        keep : float
-            The share of coordinates to take, see :func:`ternarise`.
-
-        Returns
-        -------
-        Ternary
-            What was taken out of `residual`.
-        """
-        self.update_sum /= np.float32(total_weight)
-        self.residual += self.update_sum
-        taken = ternarise(self.residual, keep)
-        self.residual[taken.positions] -= taken.values()
-        return taken
 
     def take_step(self, step: Ternary) -> BoolVector:
         """Move the model by a step, and keep it for those who are not here.
@@ -218,22 +175,16 @@ class TernaryStrategy(SyncStrategy[Ternary]):
             writer.splice(step)
         return True
 
-    def metrics(self) -> dict[str, float]:
-        """Return the share of coordinates that a client sent."""
-        return {"sent_fraction": self.sent / (self.answers * self.dimension)}
-
     def method_state(self) -> dict[str, Any]:
-        """Return what is due, and the last steps."""
+        """Return the last steps."""
         codes = b"".join(step.code() for step in self.steps)
         return {
-            "residual": torch.from_numpy(self.residual),
             "steps": torch.from_numpy(np.frombuffer(codes, np.uint8).copy()),
             "step_sizes": [dict(step.sizes) for step in self.steps],
         }
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`method_state` returned."""
-        self.residual = state["residual"].numpy()
         codes, self.steps = state["steps"].numpy().tobytes(), []
         for saved in state["step_sizes"]:
             sizes = Sizes({Part(part): size for part, size in saved.items()})
@@ -243,12 +194,91 @@ class TernaryStrategy(SyncStrategy[Ternary]):
             self.steps.append(Sections(code, sizes))
 
 
+# pylint: disable-next=abstract-method  # which its kinds fill in
+class TernaryStrategy(SteppingStrategy[Ternary]):
+    """A server whose clients' updates are ternary, too, and which keeps what is due.
+
+    Parameters
+    ----------
+    *args, **kwargs : object
+        See :class:`SyncStrategy`.
+
+    Attributes
+    ----------
+    residual : numpy.ndarray
+        float32 ``(d,)``, what clients have sent and the model has not moved by.
+    update_sum : numpy.ndarray
+        float32 ``(d,)``, the weighted sum of the exchange's updates.
+
+    Raises
+    ------
+    ConfigError
+        As of :class:`SteppingStrategy`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.residual = np.zeros(self.dimension, np.float32)
+        self.update_sum = np.zeros(self.dimension, np.float32)
+        self.sent = 0
+
+    def reset_sums(self) -> None:
+        """Start the sum afresh."""
+        self.update_sum.fill(0)
+        self.sent = 0
+
+    def read_upload(self, reader: Reader) -> Ternary:
+        """Take one client's ternary update."""
+        upload = read_ternary(reader, self.dimension)
+        self.measure(upload.values())
+        return upload
+
+    def add_upload(self, upload: Ternary, weight: float) -> None:
+        """Add one client's update."""
+        self.update_sum[upload.positions] += np.float32(weight) * upload.values()
+        self.sent += upload.signs.size
+
+    def compressed_mean(self, total_weight: float, keep: float) -> Ternary:
+        """Compress the clients' mean update with what is due; the rest stays due.
+
+        Parameters
+        ----------
+        total_weight : float
+            Sum of the clients' weights.
+        keep : float
+            The share of coordinates to take, see :func:`ternarise`.
+
+        Returns
+        -------
+        Ternary
+            What was taken out of `residual`.
+        """
+        self.update_sum /= np.float32(total_weight)
+        self.residual += self.update_sum
+        taken = ternarise(self.residual, keep)
+        self.residual[taken.positions] -= taken.values()
+        return taken
+
+    def metrics(self) -> dict[str, float]:
+        """Return the share of coordinates that a client sent."""
+        return {"sent_fraction": self.sent / (self.answers * self.dimension)}
+
+    def method_state(self) -> dict[str, Any]:
+        """Return what is due, and the last steps."""
+        return {"residual": torch.from_numpy(self.residual), **super().method_state()}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`method_state` returned."""
+        self.residual = state.pop("residual").numpy()
+        super().load_method_state(state)
+
+
 # ---- the client's half --------------------------------------------------------------
 
 
 # pylint: disable-next=abstract-method  # which its kinds fill in
-class TernaryClient(SyncClient):
-    """A client that follows ternary steps, and answers with a ternary update.
+class SteppingClient(SyncClient):
+    """A client that follows ternary steps.
 
     Parameters
     ----------
@@ -265,6 +295,17 @@ class TernaryClient(SyncClient):
             # The server may not know that some of them had arrived before.
             if version >= state.version:
                 weights[step.positions] += step.values()
+
+
+# pylint: disable-next=abstract-method  # which its kinds fill in
+class TernaryClient(SteppingClient):
+    """A client that follows ternary steps, and answers with a ternary update.
+
+    Parameters
+    ----------
+    *args, **kwargs : object
+        See :class:`SyncClient`.
+    """
 
     def write_largest(
         self, writer: Writer, state: ClientState, residual: FloatVector, keep: float
