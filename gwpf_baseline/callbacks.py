@@ -1,11 +1,14 @@
 """What happens around each round of every run; a user can add callbacks to these."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from gwpf_baseline.learning.flat_model import layers
 from gwpf_baseline.records.checkpoint import CheckpointFolder
 from gwpf_baseline.records.history import RoundRecord
+from gwpf_baseline.records.layers import LayerWatch, append_layers
 from gwpf_baseline.records.target import metric_of, reaches
 from gwpf_baseline.strategy import Callback, SyncStrategy
 
@@ -101,3 +104,35 @@ class StopAt(Callback):
     def after_round(self, strategy: SyncStrategy, record: RoundRecord) -> bool:
         """Tell whether the target is reached."""
         return reaches(metric_of(record, self.metric), self.target, self.metric)
+
+
+class Layers(Callback):
+    """Writes every few rounds how each layer of the global model has developed.
+
+    Parameters
+    ----------
+    strategy : SyncStrategy
+        Holds the model before the first round, or the resumed one.
+    folder : pathlib.Path
+        The run's folder; what is written is of this run's rounds alone.
+    every : int
+        Rounds in a window.
+    """
+
+    def __init__(self, strategy: SyncStrategy, folder: Path, every: int) -> None:
+        model = strategy.model
+        names = [n for n, p in model.named_parameters() if p.requires_grad]
+        spans = {n: at.span for n, at in zip(names, layers(model), strict=True)}
+        self.watch = LayerWatch(strategy.weights.numpy(), spans)
+        self.folder = folder
+        self.every = every
+        self.written = False
+
+    def after_round(self, strategy: SyncStrategy, record: RoundRecord) -> bool:
+        """See the model, and write what became of it at the end of a window."""
+        self.watch.see(strategy.weights.numpy())
+        if record.round % self.every == 0:
+            closed = self.watch.close(record.round)
+            append_layers(self.folder, closed, new=not self.written)
+            self.written = True
+        return False

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from gwpf_baseline.callbacks import (
     Checkpoints,
     Evaluation,
+    Layers,
     OnRound,
     StopAt,
 )
@@ -170,6 +171,8 @@ def run_server(
             allowed = f"the folder of a run of this configuration ({error})"
             raise ConfigError("resume", cfg.resume, allowed) from error
         history.restore(strategy.records)
+    if cfg.layers_every:
+        strategy.callbacks.append(Layers(strategy, folder, cfg.layers_every))
     remaining = cfg.num_rounds - len(strategy.records)
     server = Server(client_manager=SimpleClientManager(), strategy=strategy)
     with display:

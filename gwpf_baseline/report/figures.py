@@ -1,12 +1,18 @@
 """The figures of a report."""
 
+import math
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import (
     EngFormatter,
     Formatter,
@@ -26,6 +32,7 @@ from gwpf_baseline.report.measures import (
     Curve,
     Groups,
     average_curve,
+    layer_curves,
     split,
     traffic,
 )
@@ -50,6 +57,8 @@ _PARTS = {
     "buffer": ("buffers", "#A3CFEA", "#F7C9A6"),
     "overhead": ("overhead", "#DCECF6", "#FBE7D9"),
 }
+# Layers up to this many are named in a legend, more by a scale.
+_MOST_NAMED = 12
 _PLAIN = StrMethodFormatter("{x:,g}")
 
 
@@ -105,7 +114,13 @@ _CURVES = {
     "frozen": Kind(_ROUNDS, _frozen, "frozen share of the parameters"),
     "bandwidth": Kind(_ROUNDS, _bits, "bits a parameter and round, both ways"),
 }
-FIGURES = (*_CURVES, "split")
+# What is drawn of each layer, by its column.
+_LAYERS = {
+    "nonzero": "non-zero share of each layer",
+    "perturbation": "mean effective perturbation of each layer",
+    "stabilised": "share of each layer that has come to rest",
+}
+FIGURES = (*_CURVES, "split", *_LAYERS)
 
 
 def draw_figures(groups: Groups, target: float | None, folder: Path) -> list[str]:
@@ -157,6 +172,8 @@ def draw_figure(name: str, groups: Groups, target: float | None, file: Path) -> 
     """
     if name == "split":
         return _draw_split(groups, file)
+    if name in _LAYERS:
+        return _draw_layers(name, groups, file)
     kind = _CURVES[name]
     metric = next(iter(groups.values()))[0].metric
     curves = {
@@ -205,6 +222,8 @@ def caption(name: str, metric: str) -> str:
     """
     if name == "split":
         return "what bytes are spent on, and how many they are, both ways"
+    if name in _LAYERS:
+        return f"{_LAYERS[name]} over round"
     kind = _CURVES[name]
     return f"{kind.y_label.format(metric=metric)} over {kind.x.label}"
 
@@ -238,6 +257,51 @@ def _draw_split(groups: Groups, file: Path) -> bool:
     sizes.set_yticks(places, [EngFormatter("B", places=1)(total) for total in totals])
     sizes.tick_params(length=0)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.savefig(file, dpi=150)
+    return True
+
+
+def _draw_layers(column: str, groups: Groups, file: Path) -> bool:
+    """Draw a panel a group, and in it a line a layer, the first ones darkest."""
+    panels = {label: layer_curves(group, column) for label, group in groups.items()}
+    panels = {label: curves for label, curves in panels.items() if curves}
+    if not panels:
+        return False
+    rows = math.ceil(len(panels) / 2)
+    figure = Figure((7, min(1.2 + 2.6 * rows, 40)), layout="constrained")
+    grid = figure.subplots(
+        rows, min(2, len(panels)), sharex=True, sharey=True, squeeze=False
+    )
+    most = max(map(len, panels.values()))
+    # The end of the scale is a yellow that is hard to see on white.
+    shades = ListedColormap(colormaps["viridis"](np.linspace(0, 0.9, most)))
+    lines: dict[str, Line2D] = {}
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (label, curves) in zip(grid.flat, panels.items(), strict=False):
+        title = textwrap.shorten(label, 45, placeholder=" ...")
+        axes.set_title(title, fontsize=10, parse_math=False)
+        for number, (layer, (rounds, values)) in enumerate(curves.items()):
+            (lines[layer],) = axes.plot(
+                rounds, values, color=shades(number), linewidth=1.2
+            )
+        label_rounds(axes)
+        axes.tick_params(labelbottom=True)  # also where no panel is below
+    figure.supylabel(_LAYERS[column], fontsize=10)
+    if len(lines) <= _MOST_NAMED:
+        legend = figure.legend(
+            list(lines.values()),
+            list(lines),
+            loc="outside lower center",
+            ncols=4,
+            frameon=False,
+            fontsize=8,
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    else:
+        scale = ScalarMappable(Normalize(1, most), shades)
+        figure.colorbar(scale, ax=list(grid.flat), label="layer, from the input on")
     figure.savefig(file, dpi=150)
     return True
 

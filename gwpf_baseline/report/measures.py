@@ -173,6 +173,34 @@ def split(group: Sequence[Run]) -> dict[str, dict[str, float]]:
     }
 
 
+def layer_curves(
+    group: Sequence[Run], column: str
+) -> dict[str, tuple[list[int], list[float]]]:
+    """Return how each layer of a group develops.
+
+    Parameters
+    ----------
+    group : sequence of Run
+        The runs; those in which layers were not recorded do not count.
+    column : {"nonzero", "perturbation", "stabilised"}
+        What of it.
+
+    Returns
+    -------
+    dict of str to tuple
+        For each layer the rounds, and the means of the runs that have recorded them.
+    """
+    found: dict[str, dict[int, list[float]]] = {}
+    for run in group:
+        for record in run.layers:
+            values = found.setdefault(record.layer, {}).setdefault(record.round, [])
+            values.append(getattr(record, column))
+    return {
+        layer: (list(by_round), [statistics.fmean(v) for v in by_round.values()])
+        for layer, by_round in found.items()
+    }
+
+
 def _shares(group: Sequence[Run]) -> Row:
     """Return what share of a direction's bytes each part of the payloads takes."""
     shares: Row = {}

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from gwpf_baseline.records.history import METRICS, RoundRecord, read_history
+from gwpf_baseline.records.layers import LAYERS_FILE, LayerRecord, read_layers
 from gwpf_baseline.records.target import metric_of, reaches
 from gwpf_baseline.utils import is_name, is_number, is_whole, one_line
 
@@ -55,6 +56,8 @@ class Run:
     mask_bits : float, optional
         Bits for each parameter of the file in which FedPM leaves its network, None if
         there is none.
+    layers : sequence of LayerRecord
+        What became of each layer, if that was recorded.
     """
 
     folder: Path
@@ -62,6 +65,7 @@ class Run:
     metric: str
     records: list[RoundRecord]
     mask_bits: float | None = None
+    layers: Sequence[LayerRecord] = ()
 
     @property
     def task(self) -> dict[str, Any]:
@@ -149,7 +153,8 @@ def read_run(folder: Path) -> Run:
     network = folder / "network.mask"
     size = network.stat().st_size if network.is_file() else None
     mask_bits = 8 * size / parameters if size else None
-    return Run(folder, config, metric, records, mask_bits)
+    layers = _read(read_layers, folder / LAYERS_FILE)
+    return Run(folder, config, metric, records, mask_bits, layers)
 
 
 def _stopped(
