@@ -67,7 +67,10 @@ def test_every_choice_of_every_group_composes() -> None:
         ("lr_decay=0", "lr_decay=0: must be in (0, 1]"),
         ("lr_decay=2", "lr_decay=2: must be in (0, 1]"),
         ("lr_decay=null", "lr_decay=None: must be in (0, 1]"),
-        ("quantization.bits=5", "quantization.bits=5: must be one of 32, 16, 8, 4, 3, 2"),
+        (
+            "quantization.bits=5",
+            "quantization.bits=5: must be one of 32, 16, 8, 4, 3, 2",
+        ),
         ("quantization.fp16=1", "quantization.fp16=1: must be true or false"),
         ("quantization=8", "quantization=8: must be given by bits, rounding, fp16"),
         ("server_optimizer=adam", "server_optimizer=adam: must be one of fedadagrad"),

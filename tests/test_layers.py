@@ -40,7 +40,9 @@ def test_a_window_is_measured_as_the_paper_says() -> None:
             models.append(model)
             watch.see(models[-1])
         came = np.abs(models[-1] - models[first])
-        went = sum(np.abs(models[k] - models[k - 1]) for k in range(first + 1, first + 4))
+        went = sum(
+            np.abs(models[k] - models[k - 1]) for k in range(first + 1, first + 4)
+        )
         perturbation = [c / w if w else 0.0 for c, w in zip(came, went, strict=True)]
         rested |= np.array(perturbation) < 0.01
         weight, bias = watch.close(3 * window + 3)
@@ -62,7 +64,9 @@ def test_a_run_leaves_a_row_for_each_layer_and_window(tmp_path: Path) -> None:
     federation.play(5)
     records = read_layers(tmp_path / LAYERS_FILE)
     names = [name for name, _ in strategy.model.named_parameters()]
-    assert [(r.round, r.layer) for r in records] == [(n, m) for n in (2, 4) for m in names]
+    assert [(r.round, r.layer) for r in records] == [
+        (n, m) for n in (2, 4) for m in names
+    ]
     assert sum(r.parameters for r in records) == 2 * LENGTH
     learned = [np.mean([walk(c, e).sum(0) for c in range(4)], axis=0) for e in (3, 4)]
     expected = np.abs(learned[0] + learned[1]) / (abs(learned[0]) + abs(learned[1]))
@@ -117,5 +121,7 @@ def test_a_damaged_file_is_named(text: str, tmp_path: Path) -> None:
     """In one line, with the mend."""
     run = make_run(tmp_path / "run")
     (run / LAYERS_FILE).write_text(text)
-    with pytest.raises(ReportError, match=r"layers.csv cannot be used .*; run it again"):
+    with pytest.raises(
+        ReportError, match=r"layers.csv cannot be used .*; run it again"
+    ):
         read_run(run)

@@ -158,7 +158,9 @@ def test_another_precision_is_refused() -> None:
             if sender == receiver:
                 receiver.read_update(reader, counts)
                 continue
-            with pytest.raises(WireError, match="expected|too many|missing|a bitmap of"):
+            with pytest.raises(
+                WireError, match="expected|too many|missing|a bitmap of"
+            ):
                 receiver.read_update(reader, counts)
                 reader.finish()
 

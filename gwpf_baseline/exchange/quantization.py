@@ -50,7 +50,9 @@ class Quantization:
     def __post_init__(self) -> None:
         """Check every value."""
         if not is_number(self.bits) or self.bits not in (32, *_LEVELS, *_CODED):
-            raise ConfigError("quantization.bits", self.bits, "one of 32, 16, 8, 4, 3, 2")
+            raise ConfigError(
+                "quantization.bits", self.bits, "one of 32, 16, 8, 4, 3, 2"
+            )
         if self.rounding not in _ROUNDINGS:
             allowed = f"one of {', '.join(_ROUNDINGS)}"
             raise ConfigError("quantization.rounding", self.rounding, allowed)

@@ -1,7 +1,7 @@
-"""signSGD with majority vote.
+"""SignSGD with majority vote.
 
-Bernstein, Wang, Azizzadenesheli, Anandkumar: signSGD: Compressed Optimisation for
-Non-Convex Problems. ICML 2018, algorithm 3. ``docs/fedpm.md`` says what is read how.
+Bernstein et al.: signSGD: Compressed Optimisation for Non-Convex Problems. ICML 2018,
+algorithm 3. ``docs/fedpm.md`` says what is read how.
 
 A client sends the sign of each coordinate of its update, one bit; the server moves each
 coordinate by a step of one size, the way that most clients want, and sends which way.
