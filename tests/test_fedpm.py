@@ -343,6 +343,7 @@ def test_all_begin_at_one_probability(probability: float, bits: int) -> None:
         ("probability_bits", (0, 4, 32, None, True, "8")),
         ("initial_probability", (0, 1, -0.1, math.nan, None, True, "0.5")),
         ("mask_code", ("entropy", None, 1)),
+        ("network", ("mean", None, 1)),
     ],
 )
 def test_a_wrong_value_is_named(key: str, values: tuple[Any, ...]) -> None:
@@ -401,6 +402,22 @@ def test_digits_are_learned_at_a_bit_a_weight(tmp_path: Path) -> None:
     network = load_network(file)
     assert evaluate(FlatModel(network), data)[1] == record.test_accuracy
     assert torch.equal(parameters_to_vector(network), server.measured_weights())
+
+
+def test_the_likeliest_network_is_measured_and_left(tmp_path: Path) -> None:
+    """Of what takes part more probably than not; all else is as with draws."""
+    federation, drawn = _federation("method.network=likeliest"), _federation()
+    server = federation.strategy
+    record, other = federation.play(6), drawn.play(6)
+    assert torch.equal(server.weights, drawn.strategy.weights)
+    assert record.uplink_bytes == other.uplink_bytes
+    probabilities = server.weights.sigmoid()
+    assert torch.equal(server.measured_weights() > 0, probabilities > 0.5)
+    assert not torch.equal(server.measured_weights(), drawn.strategy.measured_weights())
+    server.export(tmp_path, ORIGIN)
+    network = load_network(tmp_path / NETWORK_FILE)
+    data = workbench(compose_config(DIGITS)).data
+    assert evaluate(FlatModel(network), data)[1] == record.test_accuracy
 
 
 def test_clients_follow_the_scores_to_the_bit() -> None:

@@ -72,6 +72,10 @@ class FedPMConfig:
         What the coder of a client's mask expects of a bit: the share of ones in the
         mask, as in the paper; or the probability that the client was sent, which tells
         more the surer it is.
+    network : {"sampled", "likeliest"}
+        Which network is measured and left behind: one mask drawn from the global
+        probabilities, as in the paper; or the likeliest one, of what takes part more
+        probably than not.
 
     Raises
     ------
@@ -84,6 +88,7 @@ class FedPMConfig:
     reset_every: int = 1
     probability_bits: int = 8
     mask_code: str = "density"
+    network: str = "sampled"
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -99,11 +104,13 @@ class FedPMConfig:
         bits = self.probability_bits
         if not is_number(bits) or bits not in LEVELS:
             raise ConfigError("method.probability_bits", bits, "8 or 16")
-        codes = ("density", "probabilities")
-        if self.mask_code not in codes:
-            raise ConfigError(
-                "method.mask_code", self.mask_code, f"one of {', '.join(codes)}"
-            )
+        for key, known in (
+            ("mask_code", ("density", "probabilities")),
+            ("network", ("sampled", "likeliest")),
+        ):
+            value = getattr(self, key)
+            if value not in known:
+                raise ConfigError(f"method.{key}", value, f"one of {', '.join(known)}")
 
     @property
     def initial_level(self) -> int:
@@ -310,7 +317,9 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
         return changed
 
     def measured_weights(self) -> torch.Tensor:
-        """Return the scores of a mask that is sampled anew after each exchange."""
+        """Return the scores of the likeliest mask, or of one drawn anew each time."""
+        if self.config.network == "likeliest":
+            return certain_scores((self.weights > 0).numpy())
         seed = derive_seed(self.seed, "network", self.exchange)
         return certain_scores(sample_mask(self.weights.sigmoid().numpy(), seed))
 
