@@ -150,7 +150,7 @@ class SteppingStrategy(SyncStrategy[Upload]):
         numpy.ndarray
             bool ``(d,)``, the coordinates that changed.
         """
-        self.weights.numpy()[step.positions] += step.values()
+        np.add.at(self.weights.numpy(), step.positions, step.values())
         return self._remember(step)
 
     def abandon_exchange(self) -> None:
@@ -235,7 +235,8 @@ class TernaryStrategy(SteppingStrategy[Ternary]):
 
     def add_upload(self, upload: Ternary, weight: float) -> None:
         """Add one client's update."""
-        self.update_sum[upload.positions] += np.float32(weight) * upload.values()
+        values = np.float32(weight) * upload.values()
+        np.add.at(self.update_sum, upload.positions, values)
         self.sent += upload.signs.size
 
     def compressed_mean(self, total_weight: float, keep: float) -> Ternary:
@@ -256,7 +257,7 @@ class TernaryStrategy(SteppingStrategy[Ternary]):
         self.update_sum /= np.float32(total_weight)
         self.residual += self.update_sum
         taken = ternarise(self.residual, keep)
-        self.residual[taken.positions] -= taken.values()
+        np.subtract.at(self.residual, taken.positions, taken.values())
         return taken
 
     def metrics(self) -> dict[str, float]:
@@ -294,7 +295,7 @@ class SteppingClient(SyncClient):
             step = read_ternary(reader, weights.size)
             # The server may not know that some of them had arrived before.
             if version >= state.version:
-                weights[step.positions] += step.values()
+                np.add.at(weights, step.positions, step.values())
 
 
 # pylint: disable-next=abstract-method  # which its kinds fill in
