@@ -1,8 +1,9 @@
 """Run what stands behind a page of results, and write its tables.
 
-What has been run already is skipped, so a study that was stopped goes on where it was.
-A run that fails is named at the end and does not stop the others. The studies are in
-studies/, a file a page; README.md says how they are written.
+What has been run already is skipped, so a study that was stopped goes on where it was,
+and within a run at its newest checkpoint, if it writes any (checkpoint_every). A run that
+fails is named at the end and does not stop the others. The studies are in studies/, a file
+a page; README.md says how they are written.
 
 python benchmarks/study.py apf --jobs 2
 """
@@ -29,8 +30,9 @@ import yaml
 from _common import REPOSITORY, add_data_option
 from rich.console import Console
 
-from gwpf_baseline.config import checked, compose_config
+from gwpf_baseline.config import check_same_run, checked, compose_config
 from gwpf_baseline.main import run_experiment
+from gwpf_baseline.records.checkpoint import CheckpointFolder
 from gwpf_baseline.records.target import check_target
 from gwpf_baseline.report.figures import FIGURES, caption, draw_figure
 from gwpf_baseline.report.groups import check_comparable
@@ -177,6 +179,9 @@ def run_one(job: Job) -> str:
     """
     try:
         cfg = checked(compose_config([*job.overrides, "backend=local"]))
+        if CheckpointFolder(job.folder).rounds():
+            cfg.resume = str(job.folder)
+            check_same_run(cfg)
         run_experiment(cfg, job.folder, Console(file=io.StringIO()))
     # Whatever it is: the others go on.
     except Exception:  # pylint: disable=broad-exception-caught

@@ -180,6 +180,35 @@ def test_real_runs(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert (alone / name).read_bytes() == (folder / name).read_bytes()
 
 
+def test_a_run_that_was_stopped_goes_on(root: Path) -> None:
+    """At its newest whole checkpoint, if there is one, and to the same end."""
+    common = {"seeds": 1, "num_clients": 3, "local_steps": 1, "checkpoint_every": 2}
+    table = {"columns": ["MB up"], "rows": {"a": {"num_rounds": 5}}, "common": common}
+    write_study(root, {**STUDY, "tables": {"second": table}})
+    assert run_study(root) == 0
+    (folder,) = (file.parent for file in root.glob("outputs/*/*/*/summary.json"))
+    model = (folder / "model.safetensors").read_bytes()
+    history = (folder / "history.csv").read_text().splitlines()
+    checkpoint = next(folder.glob("checkpoints/round-*"))
+
+    def stop() -> None:
+        (folder / "summary.json").unlink()
+        (folder / "model.safetensors").unlink()
+
+    def end() -> list[str]:
+        assert run_study(root) == 0
+        assert (folder / "model.safetensors").read_bytes() == model
+        return (folder / "history.csv").read_text().splitlines()
+
+    stop()
+    assert checkpoint.name == "round-000004"
+    assert end()[:5] == history[:5]  # with the seconds that the first start measured
+
+    stop()
+    next(checkpoint.glob("server*")).unlink()  # killed before it was whole
+    assert end()[1:5] != history[1:5]
+
+
 def test_other_overrides_are_another_run(root: Path, runner: Runner) -> None:
     """Nobody finds the runs of an earlier version of a study in its tables."""
     run_study(root, "--seeds", "1")

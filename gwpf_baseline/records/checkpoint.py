@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gwpf_baseline.exchange.payload import is_finite
+from gwpf_baseline.exchange.payload import as_tensor, is_finite
 from gwpf_baseline.utils import ConfigError
 
 # What a file that is none of ours makes its readers raise.
@@ -70,6 +70,13 @@ class CheckpointFolder:
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)
 
+    def rounds(self) -> list[int]:
+        """Return the rounds of the complete checkpoints."""
+        return [
+            int(file.parent.name.removeprefix("round-"))
+            for file in self.path.glob(f"round-*/{_SERVER}")
+        ]
+
     def latest(self) -> int:
         """Return the round of the newest complete checkpoint.
 
@@ -78,10 +85,7 @@ class CheckpointFolder:
         ConfigError
             There is none.
         """
-        rounds = [
-            int(file.parent.name.removeprefix("round-"))
-            for file in self.path.glob(f"round-*/{_SERVER}")
-        ]
+        rounds = self.rounds()
         if not rounds:
             raise ConfigError(
                 "resume",
@@ -123,7 +127,7 @@ class CheckpointFolder:
 
 def as_tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
     """View arrays as the tensors that a checkpoint holds."""
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return {name: as_tensor(array) for name, array in arrays.items()}
 
 
 def as_arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
