@@ -1,9 +1,9 @@
 """Run what stands behind a page of results, and write its tables.
 
 What has been run already is skipped, so a study that was stopped goes on where it was,
-and within a run at its newest checkpoint, if it writes any (checkpoint_every). A run that
-fails is named at the end and does not stop the others. The studies are in studies/, a file
-a page; README.md says how they are written.
+and within a run at its newest checkpoint, if it writes any (checkpoint_every). A run
+that fails is named at the end and does not stop the others. The studies are in
+studies/, a file a page; README.md says how they are written.
 
 python benchmarks/study.py apf --jobs 2
 """
