@@ -25,7 +25,12 @@ from flwr.common import Context, FitIns, RecordDict
 from torch import nn
 
 from gwpf_baseline.config import compose_config, training_config, workbench
-from gwpf_baseline.exchange.coding import decode_bitmap, encode_bitmap
+from gwpf_baseline.exchange.coding import (
+    decode_bitmap,
+    decode_positions,
+    encode_bitmap,
+    encode_positions,
+)
 from gwpf_baseline.exchange.header import Header, Kind
 from gwpf_baseline.exchange.messages import ClientRecord
 from gwpf_baseline.exchange.payload import Part, Writer
@@ -71,6 +76,9 @@ class Uncoded(Writer):
         expected: np.ndarray | None = None,
         part: Part = Part.POSITIONS,
     ) -> None:
+        """Do nothing."""
+
+    def positions(self, positions: np.ndarray, length: int) -> None:
         """Do nothing."""
 
 
@@ -146,8 +154,12 @@ def method_steps(
     if isinstance(strategy, GWPFPaperStrategy):
         again = paper_server(*inputs, follow_up=True)
         steps[f"{name}: server, follow-up"] = lambda: again(cohort)
-    if VOTES[name]:
-        code = encode_bitmap(votes[0])
+    code = encode_bitmap(votes[0])
+    if isinstance(strategy, TernaryStrategy):
+        positions = np.flatnonzero(votes[0])
+        steps[f"{name}: encode votes"] = lambda: encode_positions(positions, voters)
+        steps[f"{name}: decode votes"] = lambda: decode_positions(code, 0, voters)
+    elif VOTES[name]:
         steps[f"{name}: encode votes"] = lambda: encode_bitmap(votes[0])
         steps[f"{name}: decode votes"] = lambda: decode_bitmap(code, 0, voters)
     return steps

@@ -15,8 +15,10 @@ from gwpf_baseline.exchange.coding import (
     WireError,
     decode_bitmap,
     decode_number,
+    decode_positions,
     encode_bitmap,
     encode_number,
+    encode_positions,
 )
 
 LENGTH = 300
@@ -133,13 +135,18 @@ def test_no_other_number_is_written(number: int) -> None:
 def test_a_bitmap_of_any_size_and_density_survives(
     size: int, density: float, seed: int
 ) -> None:
-    """It also ends where the next one begins."""
+    """It also ends where the next one begins; and so do its positions, in its code."""
     bits = bitmap(size, density, seed)
-    code = encode_bitmap(bits)
+    code, ones = encode_bitmap(bits), np.flatnonzero(bits)
+    assert encode_positions(ones, size) == code
     for frame in (b"before" + code + b"after", memoryview(b"before" + code + b"after")):
         decoded, end = decode_bitmap(frame, 6, size)
         assert_array_equal(decoded, bits)
         assert decoded.dtype == np.bool_
+        assert end == 6 + len(code)
+        positions, end = decode_positions(frame, 6, size)
+        assert_array_equal(positions, ones)
+        assert positions.dtype == np.int64
         assert end == 6 + len(code)
 
 
@@ -273,8 +280,13 @@ def test_any_words_are_decoded_or_refused(
     try:
         bits, end = decode_bitmap(frame, 0, size)
     except WireError:
+        with pytest.raises(WireError):
+            decode_positions(frame, 0, size)
         return
     assert np.count_nonzero(bits) == ones
+    assert end == len(frame)
+    positions, end = decode_positions(frame, 0, size)
+    assert_array_equal(positions, np.flatnonzero(bits))
     assert end == len(frame)
 
 

@@ -8,11 +8,14 @@ checked.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import constriction
 import numpy as np
 
+from gwpf_baseline.coordinates import marked
 from gwpf_baseline.utils import BoolVector
 
 _stream = constriction.stream  # pylint: disable=no-member  # compiled
@@ -24,6 +27,7 @@ Buffer = bytes | memoryview
 _RARE = 1 / 8
 # A gap of so many bits or more is written in pieces.
 _MOST_GAP = 4096
+_NOTHING = np.zeros(0, np.uint32)
 
 
 class WireError(ValueError):
@@ -105,19 +109,38 @@ def encode_bitmap(bits: BoolVector, expected: np.ndarray | None = None) -> bytes
         expected of what the bits are.
     """
     ones = int(np.count_nonzero(bits))
-    code = np.zeros(0, "<u4")
-    if 0 < ones < bits.size:
+    rarer, count = _rarer(ones, bits.size)
+    if expected is None and count <= _RARE * bits.size:
+        code = _encode_gaps(np.flatnonzero(bits if rarer else ~bits), bits.size)
+    elif 0 < ones < bits.size:
         encoder = _stream.queue.RangeEncoder()
-        rarer, count = _rarer(ones, bits.size)
-        if expected is None and count <= _RARE * bits.size:
-            model, longest = _gaps(count / bits.size)
-            encoder.encode(_to_gaps(bits if rarer else ~bits, longest), model)
-        else:
-            model = _bernoulli(ones, bits.size, expected)
-            encoder.encode(bits.astype(np.int32), *model)
-        code = encoder.get_compressed().astype("<u4", copy=False)
-    lengths = b"".join(map(encode_number, (bits.size, ones, code.size)))
-    return lengths + code.tobytes()
+        model = _bernoulli(ones, bits.size, expected)
+        encoder.encode(bits.astype(np.int32), *model)
+        code = encoder.get_compressed()
+    else:
+        code = _NOTHING
+    return _with_lengths(bits.size, ones, code)
+
+
+def encode_positions(positions: np.ndarray, length: int) -> bytes:
+    """Code a bitmap, given where its ones are.
+
+    Parameters
+    ----------
+    positions : numpy.ndarray
+        int64 ``(k,)``, rising.
+    length : int
+        The number of bits, n <= `MOST`.
+
+    Returns
+    -------
+    bytes
+        What :func:`encode_bitmap` returns of the bitmap, which is not made where ones
+        are rare.
+    """
+    if positions.size > _RARE * length:
+        return encode_bitmap(marked(positions, length))
+    return _with_lengths(length, positions.size, _encode_gaps(positions, length))
 
 
 def decode_bitmap(
@@ -148,6 +171,65 @@ def decode_bitmap(
     WireError
         Truncated, of another length, or its ones are not as many as it says.
     """
+    ones, decoder, end = _open(frame, offset, length)
+    if decoder is None:
+        return np.full(length, ones > 0), end
+    rarer, count = _rarer(ones, length)
+    with _checking(decoder):
+        if expected is None and count <= _RARE * length:
+            bits = marked(_decode_gaps(decoder, count, length), length)
+            if not rarer:
+                np.logical_not(bits, out=bits)
+        else:
+            model, *parameters = _bernoulli(ones, length, expected)
+            bits = decoder.decode(model, *(parameters or [length])).astype(np.bool_)
+            if np.count_nonzero(bits) != ones:
+                raise WireError("a bitmap's code does not hold the ones it announces")
+    return bits, end
+
+
+def decode_positions(
+    frame: Buffer, offset: int, length: int
+) -> tuple[np.ndarray, int]:
+    """Undo :func:`encode_positions`.
+
+    Parameters
+    ----------
+    frame : bytes or memoryview
+        Bytes that hold a coded bitmap.
+    offset : int
+        Where it begins.
+    length : int
+        The number of bits that the receiver expects.
+
+    Returns
+    -------
+    positions : numpy.ndarray
+        int64 ``(k,)``, where the bitmap's ones are, rising.
+    offset : int
+        The first byte after the code.
+
+    Raises
+    ------
+    WireError
+        As of :func:`decode_bitmap`.
+    """
+    ones, decoder, end = _open(frame, offset, length)
+    if decoder is None or ones > _RARE * length:
+        return np.flatnonzero(decode_bitmap(frame, offset, length)[0]), end
+    with _checking(decoder):
+        positions = _decode_gaps(decoder, ones, length)
+    return positions, end
+
+
+def _with_lengths(size: int, ones: int, code: np.ndarray) -> bytes:
+    """Return a bitmap's code after what must be known to read it."""
+    lengths = b"".join(map(encode_number, (size, ones, code.size)))
+    return lengths + code.astype("<u4", copy=False).tobytes()
+
+
+def _open(frame: Buffer, offset: int, length: int) -> tuple[int, Any, int]:
+    """Return how many ones a bitmap has, what decodes it, if any, and its end."""
     size, offset = decode_number(frame, offset)
     ones, offset = decode_number(frame, offset)
     words, offset = decode_number(frame, offset)
@@ -157,19 +239,17 @@ def decode_bitmap(
         raise WireError("a bitmap's code is cut short")
     if (words == 0) != (ones in (0, size)):
         raise WireError(f"{words} words cannot code {ones} ones in {size} bits")
-    end = offset + 4 * words
     if words == 0:
-        return np.full(length, ones > 0), end
-    decoder = _stream.queue.RangeDecoder(
-        np.frombuffer(frame, "<u4", words, offset).astype(np.uint32)
-    )
+        return ones, None, offset
+    code = np.frombuffer(frame, "<u4", words, offset).astype(np.uint32)
+    return ones, _stream.queue.RangeDecoder(code), offset + 4 * words
+
+
+@contextmanager
+def _checking(decoder: Any) -> Iterator[None]:
+    """Raise what is wrong with the words that are decoded meanwhile."""
     try:
-        rarer, count = _rarer(ones, size)
-        if expected is None and count <= _RARE * size:
-            bits = _from_gaps(decoder, count, size) == rarer
-        else:
-            model, *parameters = _bernoulli(ones, size, expected)
-            bits = decoder.decode(model, *(parameters or [size])).astype(np.bool_)
+        yield
     except WireError:
         raise
     # The coder panics on some words that no encoder writes; a panic is no Exception.
@@ -177,9 +257,8 @@ def decode_bitmap(
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise WireError("a bitmap's code is damaged") from None
-    if np.count_nonzero(bits) != ones or not decoder.maybe_exhausted():
-        raise WireError("a bitmap's code does not hold the ones that it announces")
-    return bits, end
+    if not decoder.maybe_exhausted():
+        raise WireError("a bitmap's code does not end with its last one")
 
 
 def _bernoulli(ones: int, size: int, expected: np.ndarray | None) -> tuple:
@@ -209,21 +288,26 @@ def _gaps(share: float) -> tuple[Any, int]:
     return _stream.model.Categorical(probabilities, perfect=False), longest
 
 
-def _to_gaps(bits: BoolVector, longest: int) -> np.ndarray:
-    """Return the symbols of the gaps before each one."""
-    pieces, rest = np.divmod(np.diff(np.flatnonzero(bits), prepend=-1) - 1, longest)
+def _encode_gaps(positions: np.ndarray, size: int) -> np.ndarray:
+    """Code the gaps before each of so many positions."""
+    if not positions.size:
+        return _NOTHING
+    model, longest = _gaps(positions.size / size)
+    pieces, rest = np.divmod(np.diff(positions, prepend=-1) - 1, longest)
     ends = np.cumsum(pieces + 1) - 1
     symbols = np.full(ends[-1] + 1, longest, np.int32)
     symbols[ends] = rest
-    return symbols
+    encoder = _stream.queue.RangeEncoder()
+    encoder.encode(symbols, model)
+    return encoder.get_compressed()
 
 
-def _from_gaps(decoder: Any, count: int, size: int) -> BoolVector:
-    """Decode the gaps before so many ones, and return the bitmap of these."""
+def _decode_gaps(decoder: Any, count: int, size: int) -> np.ndarray:
+    """Decode the gaps before so many positions, and return these."""
     model, longest = _gaps(count / size)
     parts, found, passed = [], 0, 0
     while found < count:
-        # At least as many symbols follow as ones are left.
+        # At least as many symbols follow as positions are left.
         symbols = decoder.decode(model, count - found)
         ends = symbols < longest
         found += int(np.count_nonzero(ends))
@@ -233,6 +317,4 @@ def _from_gaps(decoder: Any, count: int, size: int) -> BoolVector:
         if passed > size:
             raise WireError("a bitmap's code goes beyond its end")
         parts.append(places[ends] - 1)
-    bits = np.zeros(size, np.bool_)
-    bits[np.concatenate(parts)] = True
-    return bits
+    return np.concatenate(parts)

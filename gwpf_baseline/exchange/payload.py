@@ -21,8 +21,10 @@ from gwpf_baseline.exchange.coding import (
     WireError,
     decode_bitmap,
     decode_number,
+    decode_positions,
     encode_bitmap,
     encode_number,
+    encode_positions,
 )
 from gwpf_baseline.exchange.header import Header, Kind
 from gwpf_baseline.utils import BoolVector, FloatVector
@@ -92,6 +94,18 @@ class Sections:
             What its bytes count as.
         """
         self._append(encode_bitmap(bits, expected), part)
+
+    def positions(self, positions: np.ndarray, length: int) -> None:
+        """Append a bitmap, given where its ones are.
+
+        Parameters
+        ----------
+        positions : numpy.ndarray
+            int64 ``(k,)``, rising.
+        length : int
+            The number of its bits.
+        """
+        self._append(encode_positions(positions, length), Part.POSITIONS)
 
     def vector(self, values: np.ndarray, part: Part = Part.VALUES) -> None:
         """Append a vector.
@@ -211,6 +225,23 @@ class Reader:
         bits, end = decode_bitmap(self._frame, self._offset, length, expected)
         self._advance(end, part)
         return bits
+
+    def positions(self, length: int) -> np.ndarray:
+        """Take the next bitmap, as the positions of its ones.
+
+        Parameters
+        ----------
+        length : int
+            The number of bits that it must have.
+
+        Returns
+        -------
+        numpy.ndarray
+            int64 ``(k,)``, rising.
+        """
+        positions, end = decode_positions(self._frame, self._offset, length)
+        self._advance(end, Part.POSITIONS)
+        return positions
 
     def vector(
         self,

@@ -23,11 +23,7 @@ from gwpf_baseline.exchange.payload import Writer
 from gwpf_baseline.learning.method_client import Task
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.methods import Method
-from gwpf_baseline.methods.shared.ternary import (
-    Ternary,
-    TernaryClient,
-    TernaryStrategy,
-)
+from gwpf_baseline.methods.shared.ternary import TernaryClient, TernaryStrategy
 from gwpf_baseline.utils import BoolVector, ConfigError, is_number
 
 
@@ -122,8 +118,7 @@ class GWPFStrategy(TernaryStrategy):
         """Accumulate the votes, thaw what has most of them, and move that."""
         thawed = self.compressed_mean(total_weight, self.config.thaw_budget)
         self.thawed = thawed.signs.size
-        magnitude = np.float32(self.config.step) * thawed.magnitude
-        changed = self.take_step(Ternary(thawed.positions, thawed.signs, magnitude))
+        changed = self.take_step(thawed.scaled(self.config.step))
         share = newest_share(self.exchange, self.config.averaging)
         self.average.lerp_(self.weights, share)
         return changed

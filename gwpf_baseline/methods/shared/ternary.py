@@ -48,6 +48,10 @@ class Ternary(NamedTuple):
         either = np.array([-self.magnitude, self.magnitude], np.float32)
         return either.take(self.signs)
 
+    def scaled(self, factor: float) -> "Ternary":
+        """Return it with another magnitude, which is multiplied in float32."""
+        return self._replace(magnitude=np.float32(factor) * self.magnitude)
+
 
 NOWHERE = Ternary(np.zeros(0, np.int64), np.zeros(0, np.bool_), np.float32(0))
 
@@ -73,20 +77,12 @@ def ternarise(vector: FloatVector, keep: float) -> Ternary:
     return Ternary(positions, kept > 0, np.float32(magnitude))
 
 
-def write_ternary(sections: Sections, step: Ternary, dimension: int) -> BoolVector:
-    """Code a ternary vector: a bitmap of positions, one of signs, one float.
-
-    Returns
-    -------
-    numpy.ndarray
-        bool ``(d,)``, where it is not zero.
-    """
-    mask = marked(step.positions, dimension)
-    sections.bitmap(mask)
+def write_ternary(sections: Sections, step: Ternary, dimension: int) -> None:
+    """Code a ternary vector: a bitmap of positions, one of signs, one float."""
+    sections.positions(step.positions, dimension)
     if step.signs.size:
         sections.bitmap(step.signs, part=Part.VALUES)
         sections.vector(np.array([step.magnitude], np.float32))
-    return mask
 
 
 def read_ternary(reader: Reader, dimension: int) -> Ternary:
@@ -97,7 +93,7 @@ def read_ternary(reader: Reader, dimension: int) -> Ternary:
     WireError
         The payload holds something else.
     """
-    positions = np.flatnonzero(reader.bitmap(dimension))
+    positions = reader.positions(dimension)
     if not positions.size:
         return NOWHERE
     signs = reader.bitmap(positions.size, part=Part.VALUES)
@@ -151,20 +147,20 @@ class SteppingStrategy(SyncStrategy[Upload]):
             bool ``(d,)``, the coordinates that changed.
         """
         np.add.at(self.weights.numpy(), step.positions, step.values())
-        return self._remember(step)
+        self._remember(step)
+        return marked(step.positions, self.dimension)
 
     def abandon_exchange(self) -> None:
         """Remember a step that leads nowhere: steps are counted by exchanges."""
         self._remember(NOWHERE)
 
-    def _remember(self, step: Ternary) -> BoolVector:
+    def _remember(self, step: Ternary) -> None:
         coded = Sections()
-        changed = write_ternary(coded, step, self.dimension)
+        write_ternary(coded, step, self.dimension)
         self.steps.append(coded)
         # What is larger than the model is never sent.
         while sum(step.size for step in self.steps) >= 4 * self.dimension:
             del self.steps[0]
-        return changed
 
     def write_change(self, writer: Writer, held: ClientRecord) -> bool:
         """Write the steps that a client has missed."""
@@ -235,7 +231,7 @@ class TernaryStrategy(SteppingStrategy[Ternary]):
 
     def add_upload(self, upload: Ternary, weight: float) -> None:
         """Add one client's update."""
-        values = np.float32(weight) * upload.values()
+        values = upload.scaled(weight).values()
         np.add.at(self.update_sum, upload.positions, values)
         self.sent += upload.signs.size
 
@@ -325,6 +321,6 @@ class TernaryClient(SteppingClient):
             The share of coordinates to send, see :func:`ternarise`.
         """
         update = ternarise(residual, keep)
-        sent = write_ternary(writer, update, residual.size)
+        write_ternary(writer, update, residual.size)
         left_out = residual[update.positions] - update.values()
-        self.note_sent(state, sent, left_out)
+        self.note_sent(state, marked(update.positions, residual.size), left_out)
