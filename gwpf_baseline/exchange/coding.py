@@ -188,9 +188,7 @@ def decode_bitmap(
     return bits, end
 
 
-def decode_positions(
-    frame: Buffer, offset: int, length: int
-) -> tuple[np.ndarray, int]:
+def decode_positions(frame: Buffer, offset: int, length: int) -> tuple[np.ndarray, int]:
     """Undo :func:`encode_positions`.
 
     Parameters
