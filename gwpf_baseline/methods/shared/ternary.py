@@ -50,7 +50,7 @@ class Ternary(NamedTuple):
 
     def scaled(self, factor: float) -> "Ternary":
         """Return it with another magnitude, which is multiplied in float32."""
-        return self._replace(magnitude=np.float32(factor) * self.magnitude)
+        return Ternary(self.positions, self.signs, np.float32(factor) * self.magnitude)
 
 
 NOWHERE = Ternary(np.zeros(0, np.int64), np.zeros(0, np.bool_), np.float32(0))
