@@ -15,15 +15,19 @@ from omegaconf import DictConfig, OmegaConf
 from gwpf_baseline.config import (
     Workbench,
     from_run_config,
-    quantization_config,
-    training_config,
     workbench,
 )
 from gwpf_baseline.learning.client import SyncClient
 from gwpf_baseline.learning.flat_model import FlatModel, parameters_to_vector
 from gwpf_baseline.learning.training import Batches
 from gwpf_baseline.records.checkpoint import CheckpointFolder
-from gwpf_baseline.utils import ConfigError, is_whole, pick_device, run_folder
+from gwpf_baseline.utils import (
+    ConfigError,
+    is_whole,
+    keep_freed_memory,
+    pick_device,
+    run_folder,
+)
 
 
 def make_client(
@@ -71,9 +75,9 @@ def make_client(
         model,
         initial,
         batches,
-        training_config(cfg),
+        bench.training,
         config=bench.method_config,
-        quantization=quantization_config(cfg),
+        quantization=bench.quantization,
         saved=CheckpointFolder(folder) if cfg.checkpoint_every else None,
         found=_found(cfg, folder),
     )
@@ -101,6 +105,7 @@ class Worker:
     """Plays clients, one at a time, in a process of Ray's; outlives a run."""
 
     def __init__(self) -> None:
+        keep_freed_memory()
         self.cfg = DictConfig({})
         self.folder = ""
         self.bench: Workbench | None = None

@@ -492,6 +492,10 @@ class Workbench:
         The method's classes.
     method_config : object
         Its hyper-parameters.
+    training : TrainingConfig
+        What the local loop needs.
+    quantization : Quantization
+        How values travel.
     """
 
     data: TaskData
@@ -499,6 +503,8 @@ class Workbench:
     model: torch.nn.Module
     method: Method
     method_config: Any
+    training: TrainingConfig
+    quantization: Quantization
 
 
 def workbench(cfg: DictConfig) -> Workbench:
@@ -536,4 +542,12 @@ def _workbench(text: str) -> Workbench:
     model = initial_model(name, data.input_shape, data.num_classes, cfg.seed, **options)
     method, method_config = load_method(_plain_dict(cfg.method))
     model = method.adapt(model, method_config, cfg.seed)
-    return Workbench(data, partitions, model, method, method_config)
+    return Workbench(
+        data,
+        partitions,
+        model,
+        method,
+        method_config,
+        training_config(cfg),
+        quantization_config(cfg),
+    )

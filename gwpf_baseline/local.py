@@ -34,6 +34,7 @@ from gwpf_baseline.learning.client import SyncClient
 from gwpf_baseline.records.history import RoundRecord
 from gwpf_baseline.server_app import Play, make_strategy
 from gwpf_baseline.strategy import Callback, SyncStrategy
+from gwpf_baseline.utils import keep_freed_memory
 
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -200,7 +201,8 @@ def in_process(cfg: DictConfig, folder: Path) -> Play:
     callable
         For :func:`~gwpf_baseline.server_app.run_server`.
     """
-    return among(_nodes(cfg, str(folder), None), 1)
+    keep_freed_memory()
+    return among(_nodes(cfg, str(folder), workbench(cfg)), 1)
 
 
 def among(nodes: Sequence[SimulatedNode], at_once: int) -> Play:
@@ -228,6 +230,6 @@ def among(nodes: Sequence[SimulatedNode], at_once: int) -> Play:
     return play
 
 
-def _nodes(cfg: DictConfig, folder: str, bench: Workbench | None) -> list[LocalNode]:
+def _nodes(cfg: DictConfig, folder: str, bench: Workbench) -> list[LocalNode]:
     build = partial(make_client, cfg, folder=folder, bench=bench)
     return [LocalNode(client, build) for client in range(cfg.num_clients)]

@@ -1,27 +1,33 @@
 """One experiment, simulated: ``python -m gwpf_baseline.main``."""
 
-import logging
 import os
-import sys
-from pathlib import Path
-from typing import Any, NoReturn
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
-from rich.console import Console
-from rich.logging import RichHandler
+# Read when PyTorch is first imported, hence before it. The server's idle threads would
+# otherwise spin for a while after each operation, on the cores that the workers need.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from gwpf_baseline.config import (
+# pylint: disable=wrong-import-position
+import logging  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any, NoReturn  # noqa: E402
+
+import hydra  # noqa: E402
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.logging import RichHandler  # noqa: E402
+
+from gwpf_baseline.config import (  # noqa: E402
     as_config_error,
     checked,
     config_dir,
     resumed,
     workbench,
 )
-from gwpf_baseline.local import in_process
-from gwpf_baseline.server_app import check_resume, run_server
-from gwpf_baseline.utils import ConfigError, RunError
+from gwpf_baseline.local import in_process  # noqa: E402
+from gwpf_baseline.server_app import check_resume, run_server  # noqa: E402
+from gwpf_baseline.utils import ConfigError, RunError  # noqa: E402
 
 
 def run_experiment(cfg: DictConfig, folder: Path, console: Console) -> dict[str, Any]:

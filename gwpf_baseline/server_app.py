@@ -27,7 +27,6 @@ from gwpf_baseline.config import (
     check_same_run,
     from_run_config,
     network_config,
-    quantization_config,
     server_optimizer_config,
     workbench,
 )
@@ -119,7 +118,7 @@ def make_strategy(
         norm_bound=cfg.norm_bound,
         max_empty_rounds=cfg.max_empty_rounds,
         server_optimizer=server_optimizer_config(cfg),
-        quantization=quantization_config(cfg),
+        quantization=bench.quantization,
         network=network_config(cfg),
         callbacks=callbacks,
         connect_timeout=cfg.connect_timeout,

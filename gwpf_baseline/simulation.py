@@ -6,6 +6,7 @@ run`` uses, stands between them elsewhere: it looks for messages ten times a sec
 round, and goes on asking a worker that has died. Histories are the same to the bit.
 """
 
+import atexit
 import functools
 import json
 import logging
@@ -13,7 +14,7 @@ import os
 import threading
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from flwr.common import (
@@ -25,7 +26,7 @@ from flwr.common import (
     Status,
 )
 from omegaconf import DictConfig, OmegaConf
-from ray.exceptions import RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from gwpf_baseline.client_app import Worker
 from gwpf_baseline.local import SimulatedNode, among
@@ -34,8 +35,22 @@ from gwpf_baseline.utils import ConfigError, RunError, one_line
 
 log = logging.getLogger(__name__)
 
-# Messages on their way for each worker: while it answers one, the next is ready.
-_DEPTH = 2
+# Threads for each worker that hold a message for it, or wait with one.
+_DEPTH = 4
+# Bytes up to which Ray sends a message as it is; beyond, by its object store, which takes
+# three times as long. By default they are 100 kB, less than a LeNet-5.
+_MOST_INLINE = 10_000_000
+
+
+class _Turn(NamedTuple):
+    """A message that waits for a worker: who holds its client, and whether it hurries.
+
+    One that does not may wait at a worker, behind the message that this is answering.
+    """
+
+    held_by: Any
+    hurries: bool
+    given: "Future[Any]"
 
 
 class Pool:
@@ -55,8 +70,9 @@ class Pool:
         self._actor: Any = ray.remote(**options)(Worker)
         # Reentrant: what is done already is called back at once.
         self._lock = threading.RLock()
-        self._free: list[Any] = []
-        self._waiting: list[tuple[Any, Future[Any]]] = []
+        # The messages that each worker has, of those that are ready.
+        self._load: dict[Any, int] = {}
+        self._waiting: list[_Turn] = []
         self._begun: tuple[str, str] = ("", "")
         self.workers: list[Any] = []
 
@@ -85,26 +101,34 @@ class Pool:
         for worker in ended:
             ray.kill(worker)
 
-    def take(self, held_by: Any) -> Any:
+    def take(self, held_by: Any, hurries: bool) -> Any:
         """Wait for a worker, preferably a certain one.
+
+        Parameters
+        ----------
+        held_by : object
+            The worker that holds the client, or None.
+        hurries : bool
+            Whether only one will do that has nothing else to answer before.
+
+        Returns
+        -------
+        object
+            The worker, until :meth:`answered`.
 
         Raises
         ------
         RunError
             There is none left.
         """
-        turn: Future[Any] = Future()
+        turn = _Turn(held_by, hurries, Future())
         with self._lock:
-            if held_by in self._free:
-                self._free.remove(held_by)
-                return held_by
-            self._waiting.append((held_by, turn))
+            self._waiting.append(turn)
             self._pass_on()
-        return turn.result()
+        return turn.given.result()
 
-    def answered(self, worker: Any, answer: "Future[Any]") -> None:
+    def answered(self, worker: Any, error: BaseException | None) -> None:
         """Take a worker back, or do without it if it has died."""
-        error = answer.exception()
         with self._lock:
             if worker not in self.workers:
                 return  # It was ended while it was busy.
@@ -114,21 +138,43 @@ class Pool:
                 self._drop(worker, "has died, and with it what it held")
                 self._fill()
             else:
-                self._free.append(worker)
+                self._load[worker] -= 1
             self._pass_on()
 
     def _drop(self, worker: Any, why: str) -> None:
         log.warning("a worker of Ray %s", one_line(why))
         self.workers.remove(worker)
+        self._load.pop(worker, None)
 
     def _pass_on(self) -> None:
-        """Give free workers to clients that they hold, or to any that wait."""
-        while self._free and self._waiting:
-            free = self._free.pop(0)
-            known = (n for n, (held, _) in enumerate(self._waiting) if held is free)
-            self._waiting.pop(next(known, 0))[1].set_result(free)
+        """Give workers to messages that wait, as far as they go."""
+        while match := self._match():
+            turn, worker = match
+            self._waiting.remove(turn)
+            self._load[worker] += 1
+            turn.given.set_result(worker)
         while self._waiting and not self.workers:
-            self._waiting.pop()[1].set_exception(RunError("no worker of Ray is left"))
+            error = RunError("no worker of Ray is left")
+            self._waiting.pop().given.set_exception(error)
+
+    def _match(self) -> tuple[_Turn, Any] | None:
+        """Choose the next message, and who gets it: who holds its client, or anybody.
+
+        While enough are left for the others, a worker gets its next one before it has
+        answered the last: on their ways, it would do nothing for a sixth of the time
+        that a small client takes.
+        """
+        idle = [worker for worker, load in self._load.items() if not load]
+        for turn in self._waiting:
+            if turn.held_by in idle:
+                return turn, turn.held_by
+        if idle and self._waiting:
+            return self._waiting[0], idle[0]
+        if len(self._waiting) >= len(self.workers):
+            for turn in self._waiting:
+                if self._load.get(turn.held_by) == 1 and not turn.hurries:
+                    return turn, turn.held_by
+        return None
 
     def _fill(self) -> None:
         """Start as many workers as there is room for."""
@@ -144,7 +190,7 @@ class Pool:
         error = begun.exception()
         with self._lock:
             if error is None:
-                self._free.append(worker)
+                self._load[worker] = 0
             else:
                 # For example, because the data is not on its machine.
                 self._drop(worker, f"cannot take part: {error}")
@@ -201,7 +247,8 @@ class RayNode(SimulatedNode):
         if self.held_by not in self.pool.workers:
             # It has not been played yet, or who held it has died.
             self.forget()
-        worker = self.pool.take(self.held_by)
+        # Whoever's time is short must not spend it behind another client.
+        worker = self.pool.take(self.held_by, hurries=timeout is not None)
         moved = None if self.held_by else self.context
         if self.held_by not in (None, worker):
             moved = self.held_by.give.options(concurrency_group="moves").remote(
@@ -209,16 +256,27 @@ class RayNode(SimulatedNode):
             )
             # A message that waits for it would hold up what else is to be given away.
             ray.wait([moved], timeout=timeout, fetch_local=False)
-        answer = worker.answer.remote(self.partition, question, ins, moved).future()
+        answer = worker.answer.remote(self.partition, question, ins, moved)
         self.held_by = worker
-        # Whoever is not waited for any longer still keeps the worker busy.
-        answer.add_done_callback(functools.partial(self.pool.answered, worker))
+        error: BaseException | None = None
         try:
-            return answer.result(timeout)
-        except RayActorError:
-            # So the client is lost, and will say so.
-            self.forget()
+            # Half of the processor's time that a future of it takes.
+            return ray.get(answer, timeout=timeout)
+        except Exception as raised:
+            error = raised
+            if isinstance(error, RayActorError):
+                # So the client is lost, and will say so.
+                self.forget()
             raise
+        finally:
+            if isinstance(error, GetTimeoutError):
+                # Whoever is not waited for any longer still keeps the worker busy.
+                late = answer.future()
+                late.add_done_callback(
+                    lambda late: self.pool.answered(worker, late.exception())
+                )
+            else:
+                self.pool.answered(worker, error)
 
 
 # Workers outlive a run: those of a sweep import and load but once. At most one pool, as
@@ -284,6 +342,9 @@ def _start_ray(cfg: DictConfig) -> None:
             # By default one of its own: another one on this machine may be stale.
             address=cfg.ray.address,
             include_dashboard=False if local else None,
+            _system_config=(
+                {"max_direct_call_object_size": _MOST_INLINE} if local else None
+            ),
             logging_level=logging.INFO if cfg.verbose else logging.ERROR,
             log_to_driver=cfg.verbose,
         )
@@ -294,3 +355,6 @@ def _start_ray(cfg: DictConfig) -> None:
         if local:
             mend = "set RAY_TMPDIR to a short path to a writable folder with room"
         raise RunError(f"Ray could not start: {reason}; {mend}") from error
+    if not cfg.verbose:
+        # Before Ray's own way of stopping, which first waits for what there is to print.
+        atexit.register(ray.shutdown)

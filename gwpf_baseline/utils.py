@@ -1,14 +1,20 @@
 """Seeds, devices and the one kind of error that a user's configuration can cause."""
 
+import ctypes
 import hashlib
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+# As malloc.h has them.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 
 FloatVector = npt.NDArray[np.float32]
 BoolVector = npt.NDArray[np.bool_]
@@ -120,6 +126,20 @@ def pick_device(num_gpus: float) -> torch.device:
     """
     use_gpu = num_gpus > 0 and torch.cuda.is_available()
     return torch.device("cuda" if use_gpu else "cpu")
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep the memory that it frees, for what it allocates next.
+
+    By default glibc gives what a training step frees back to the system, and the next
+    step pays for fresh pages: with dense messages in between, a quarter of the training
+    time of LeNet-5. Vectors of more than 8 million floats still come and go. Elsewhere
+    than with glibc this does nothing.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that it takes
+        mallopt(_M_TRIM_THRESHOLD, 2**28)
 
 
 def run_folder(run_id: int | str) -> Path:

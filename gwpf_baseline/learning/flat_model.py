@@ -145,8 +145,9 @@ def values_per_layer(
 
 
 def _named_sent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    names = model.state_dict().keys()
-    return [(name, buffer) for name, buffer in model.named_buffers() if name in names]
+    buffers = list(model.named_buffers())
+    names = model.state_dict().keys() if buffers else ()
+    return [(name, buffer) for name, buffer in buffers if name in names]
 
 
 def sent_buffers(model: nn.Module) -> list[torch.Tensor]:

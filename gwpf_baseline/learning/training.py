@@ -262,7 +262,9 @@ def train(
     """
     # Whatever the model draws (dropout) and the augmentation draw follow from the
     # place in the stream, not from the process that happens to run this client.
-    torch.manual_seed(derive_seed(batches.seed, "model", batches.client, cursor))
+    _seed_draws(
+        derive_seed(batches.seed, "model", batches.client, cursor), model.device
+    )
     generator = torch.Generator()
     generator.manual_seed(derive_seed(batches.seed, "augment", batches.client, cursor))
     _set_precision(config.precision)
@@ -401,6 +403,17 @@ class _Optimizer:
     def moments(self) -> dict[str, np.ndarray]:
         """Return what the next round's optimiser goes on from."""
         return {name: value.cpu().numpy() for name, value in self._state.items()}
+
+
+def _seed_draws(seed: int, device: torch.device) -> None:
+    """Seed what PyTorch draws by itself, as far as the model's device can draw.
+
+    ``torch.manual_seed`` also notes down, with a stack trace each, what other devices
+    are to be seeded with once they wake up, which costs a millisecond and is kept.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _autocast(precision: str, device: torch.device) -> AbstractContextManager:
