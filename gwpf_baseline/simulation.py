@@ -37,9 +37,16 @@ log = logging.getLogger(__name__)
 
 # Threads for each worker that hold a message for it, or wait with one.
 _DEPTH = 4
-# Bytes up to which Ray sends a message as it is; beyond, by its object store, which takes
-# three times as long. By default they are 100 kB, less than a LeNet-5.
+# Bytes up to which Ray sends a message as it is; beyond, by its object store, which
+# takes three times as long. By default they are 100 kB, less than a LeNet-5.
 _MOST_INLINE = 10_000_000
+
+
+def _name_of(worker: Any) -> str:
+    """Return the name by which Ray's errors call an actor."""
+    # pylint: disable-next=protected-access  # it has no other
+    name: str = worker._actor_id.hex()
+    return name
 
 
 class _Turn(NamedTuple):
@@ -133,8 +140,7 @@ class Pool:
             if worker not in self.workers:
                 return  # It was ended while it was busy.
             # It may as well be another one, that was to give a client away.
-            # pylint: disable-next=protected-access  # it has no other name
-            if getattr(error, "actor_id", None) == worker._actor_id.hex():
+            if isinstance(error, RayActorError) and error.actor_id == _name_of(worker):
                 self._drop(worker, "has died, and with it what it held")
                 self._fill()
             else:
@@ -258,25 +264,23 @@ class RayNode(SimulatedNode):
             ray.wait([moved], timeout=timeout, fetch_local=False)
         answer = worker.answer.remote(self.partition, question, ins, moved)
         self.held_by = worker
-        error: BaseException | None = None
         try:
             # Half of the processor's time that a future of it takes.
-            return ray.get(answer, timeout=timeout)
-        except Exception as raised:
-            error = raised
+            result = ray.get(answer, timeout=timeout)
+        except GetTimeoutError:
+            # Whoever is not waited for any longer still keeps the worker busy.
+            answer.future().add_done_callback(
+                lambda late: self.pool.answered(worker, late.exception())
+            )
+            raise
+        except Exception as error:
             if isinstance(error, RayActorError):
                 # So the client is lost, and will say so.
                 self.forget()
+            self.pool.answered(worker, error)
             raise
-        finally:
-            if isinstance(error, GetTimeoutError):
-                # Whoever is not waited for any longer still keeps the worker busy.
-                late = answer.future()
-                late.add_done_callback(
-                    lambda late: self.pool.answered(worker, late.exception())
-                )
-            else:
-                self.pool.answered(worker, error)
+        self.pool.answered(worker, None)
+        return result
 
 
 # Workers outlive a run: those of a sweep import and load but once. At most one pool, as
@@ -355,6 +359,14 @@ def _start_ray(cfg: DictConfig) -> None:
         if local:
             mend = "set RAY_TMPDIR to a short path to a writable folder with room"
         raise RunError(f"Ray could not start: {reason}; {mend}") from error
-    if not cfg.verbose:
-        # Before Ray's own way of stopping, which first waits for what there is to print.
-        atexit.register(ray.shutdown)
+    atexit.register(_stop_ray)
+
+
+def _stop_ray() -> None:
+    """End the workers first: for a late answer's sake another one would be started.
+
+    By itself, Ray would also wait half a second at the end for what is to be printed.
+    """
+    for pool in _kept:
+        pool.close()
+    ray.shutdown()

@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import (
@@ -18,6 +20,7 @@ from command_line import (
 from ray.cluster_utils import Cluster
 
 from gwpf_baseline.records.history import read_history
+from gwpf_baseline.simulation import Pool
 
 
 @pytest.fixture(name="reference", scope="module")
@@ -44,6 +47,69 @@ def workers_of(process: "subprocess.Popen[str]") -> list[int]:
 def failures_of(folder: Path) -> list[int]:
     """Return how many clients of each round failed."""
     return [record.failures for record in read_history(folder)]
+
+
+class Asking:
+    """A pool of two workers, both at a message, and messages that ask for one."""
+
+    def __init__(self) -> None:
+        self.pool = Pool(1, 0)
+        self.pool.workers = ["a", "b"]
+        self.pool._load = {"a": 0, "b": 0}
+        for _ in range(2):
+            self.pool.take(None, hurries=False)
+        self.threads = ThreadPoolExecutor(4)
+        self.asked: list[Future[Any]] = []
+
+    def ask(self, worker: str, count: int, hurries: bool = False) -> list[str]:
+        """Ask for a worker; return what was given to whom has asked so far."""
+        take = self.pool.take
+        self.asked += [self.threads.submit(take, worker, hurries) for _ in range(count)]
+        return self.given()
+
+    def answered(self, worker: str) -> list[str]:
+        """Let a worker answer; return as above."""
+        self.pool.answered(worker, None)
+        return self.given()
+
+    def given(self) -> list[str]:
+        """Return the workers that were given away after a while."""
+        return sorted(asked.result() for asked in wait(self.asked, timeout=0.2).done)
+
+    def end(self) -> None:
+        """Send away who still waits."""
+        self.pool.workers = []
+        self.pool._pass_on()
+        self.threads.shutdown()
+
+
+@pytest.fixture(name="asking")
+def _asking() -> Iterator[Asking]:
+    """Return the pool, and send away who still waits at the end."""
+    asking = Asking()
+    yield asking
+    asking.end()
+
+
+def test_a_worker_gets_its_next_message_while_enough_are_left_for_the_others(
+    asking: Asking,
+) -> None:
+    """Two of four wait at the workers, and the last ones for whoever is first."""
+    assert asking.ask("a", 1) == []  # The other worker has nothing else to do.
+    assert asking.ask("b", 3) == ["a", "b"]
+    assert asking.answered("b") == ["a", "b", "b"]
+    assert asking.answered("a") == ["a", "b", "b"]  # It has one message more.
+    assert asking.answered("a") == ["a", "a", "b", "b"]
+
+
+def test_who_is_not_waited_for_for_ever_does_not_wait_behind_another_client(
+    asking: Asking,
+) -> None:
+    """The limit is for its own answer."""
+    assert asking.ask("a", 3, hurries=True) == []
+    assert asking.answered("b") == ["b"]
+    assert asking.answered("a") == ["a", "b"]
+    assert asking.answered("a") == ["a", "a", "b"]
 
 
 def test_a_worker_that_dies_costs_a_round_of_what_it_held(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from gwpf_baseline.data.task import TaskData
 from gwpf_baseline.learning import training
 from gwpf_baseline.learning.flat_model import FlatModel
 from gwpf_baseline.learning.training import Batches, TrainingConfig, evaluate, train
-from gwpf_baseline.utils import ConfigError
+from gwpf_baseline.utils import ConfigError, derive_seed
 
 DATA = digits()
 ROWS = np.arange(100, 137)
@@ -232,6 +232,22 @@ def test_long_gradients_are_scaled_to_the_limit() -> None:
     clipped = step(0.1)
     torch.testing.assert_close(clipped, free * (0.1 / free.norm()))
     assert torch.equal(step(1e6), free)
+
+
+def test_draws_are_seeded_as_by_pytorch_and_nothing_is_put_off() -> None:
+    """What other devices would be seeded with once they wake up is not kept."""
+    model = FlatModel(torch.nn.Sequential(torch.nn.Dropout(), small_net()))
+    put_off = len(torch.cuda._queued_calls)
+    train(model, batches(), TrainingConfig(local_steps=1), 0)
+    drawn = torch.rand(3)
+    assert len(torch.cuda._queued_calls) == put_off
+    model = FlatModel(torch.nn.Sequential(torch.nn.Dropout(), small_net()))
+    stream = batches()
+    torch.manual_seed(derive_seed(stream.seed, "model", stream.client, 0))
+    config = TrainingConfig(local_steps=1)
+    x, _ = next(stream.draw(0, config.batch_size, 1, model.device, torch.Generator()))
+    model.module(x)
+    assert torch.equal(torch.rand(3), drawn)
 
 
 # ---- text ---------------------------------------------------------------------------
