@@ -12,11 +12,7 @@ from flwr.clientapp import ClientApp
 from flwr.common import Context
 from omegaconf import DictConfig, OmegaConf
 
-from gwpf_baseline.config import (
-    Workbench,
-    from_run_config,
-    workbench,
-)
+from gwpf_baseline.config import Workbench, from_run_config, workbench
 from gwpf_baseline.learning.client import SyncClient
 from gwpf_baseline.learning.flat_model import FlatModel, parameters_to_vector
 from gwpf_baseline.learning.training import Batches

@@ -167,7 +167,7 @@ class Pool:
         """Choose the next message, and who gets it: who holds its client, or anybody.
 
         While enough are left for the others, a worker gets its next one before it has
-        answered the last: on their ways, it would do nothing for a sixth of the time
+        answered the last: on their ways, it would do nothing for an eighth of the time
         that a small client takes.
         """
         idle = [worker for worker, load in self._load.items() if not load]
@@ -367,6 +367,8 @@ def _stop_ray() -> None:
 
     By itself, Ray would also wait half a second at the end for what is to be printed.
     """
-    for pool in _kept:
-        pool.close()
-    ray.shutdown()
+    # Who has stopped Ray already has ended them; to end one would start Ray again.
+    if ray.is_initialized():
+        for pool in _kept:
+            pool.close()
+        ray.shutdown()

@@ -17,11 +17,7 @@ from torch import nn
 
 from gwpf_baseline.callbacks import Checkpoints
 from gwpf_baseline.client_app import make_client
-from gwpf_baseline.config import (
-    quantization_config,
-    server_optimizer_config,
-    workbench,
-)
+from gwpf_baseline.config import server_optimizer_config, workbench
 from gwpf_baseline.data.task import TaskData
 from gwpf_baseline.exchange.payload import Reader, from_parameters, to_parameters
 from gwpf_baseline.learning.client import SyncClient
@@ -116,7 +112,7 @@ def configured(
         "num_examples": [len(rows) for rows in bench.partitions],
         "norm_bound": cfg.norm_bound,
         "server_optimizer": server_optimizer_config(cfg),
-        "quantization": quantization_config(cfg),
+        "quantization": bench.quantization,
         "callbacks": callbacks,
         **strategy,
     }

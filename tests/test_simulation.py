@@ -23,6 +23,10 @@ from gwpf_baseline.records.history import read_history
 from gwpf_baseline.simulation import Pool
 
 
+# A run that is still at its beginning once somebody has noticed that it has begun.
+LONG = ["num_rounds=40", "local_steps=50"]
+
+
 @pytest.fixture(name="reference", scope="module")
 def _reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run the small experiment without Ray."""
@@ -114,7 +118,7 @@ def test_who_is_not_waited_for_for_ever_does_not_wait_behind_another_client(
 
 def test_a_worker_that_dies_costs_a_round_of_what_it_held(tmp_path: Path) -> None:
     """Its clients fail once, say that they are lost, and are played by another one."""
-    process = start(*SMALL, "num_rounds=40", f"hydra.run.dir={tmp_path}")
+    process = start(*SMALL, *LONG, f"hydra.run.dir={tmp_path}")
     until_round(process, tmp_path, 3)
     os.kill(workers_of(process)[0], signal.SIGKILL)
     output, _ = process.communicate(timeout=300)
@@ -168,7 +172,7 @@ def test_a_cluster_gives_the_same_history_and_outlives_a_machine(
     assert rows_without_seconds(whole) == rows_without_seconds(reference)
     assert model_bytes(whole) == model_bytes(reference)
 
-    process = start(*SMALL, there, "num_rounds=40", f"hydra.run.dir={halved}")
+    process = start(*SMALL, there, *LONG, f"hydra.run.dir={halved}")
     until_round(process, halved, 3)
     cluster.remove_node(other, allow_graceful=False)
     output, _ = process.communicate(timeout=300)
