@@ -22,7 +22,6 @@ from ray.cluster_utils import Cluster
 from gwpf_baseline.records.history import read_history
 from gwpf_baseline.simulation import Pool
 
-
 # A run that is still at its beginning once somebody has noticed that it has begun.
 LONG = ["num_rounds=40", "local_steps=50"]
 
