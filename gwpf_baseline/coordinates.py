@@ -4,10 +4,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gwpf_baseline.utils import BoolVector
+from gwpf_baseline.utils import BoolVector, FloatVector
 
 # Coordinates that are worked on at a time: some vectors of them fit any L2 cache.
 _BLOCK = 2**15
+# The same where little is done at each of them, and only one vector has to fit.
+_LONG_BLOCK = 2**17
 
 
 def gather(values: np.ndarray, mask: BoolVector) -> np.ndarray:
@@ -88,6 +90,67 @@ def marked(index: np.ndarray, dimension: int) -> BoolVector:
     mask = np.zeros(dimension, np.bool_)
     mask[index] = True
     return mask
+
+
+class ScatteredSum:
+    """The sum of vectors that are zero but in a few places.
+
+    Added to a long vector one by one, nearly each of these places is a cache miss. So
+    they are held back, in no more memory than the sum itself takes, and then added a
+    block after the other; each place still gets its summands in the order in which
+    they came, and has the same bits.
+
+    Parameters
+    ----------
+    dimension : int
+        d.
+    """
+
+    def __init__(self, dimension: int) -> None:
+        self._sum = np.zeros(dimension, np.float32)
+        self._held: list[tuple[np.ndarray, FloatVector]] = []
+
+    def reset(self) -> None:
+        """Start afresh."""
+        self._sum.fill(0)
+        self._held.clear()
+
+    def add(self, index: np.ndarray, values: FloatVector) -> None:
+        """Add a vector.
+
+        Parameters
+        ----------
+        index : numpy.ndarray
+            int64 ``(k,)``, rising, where it is not zero.
+        values : numpy.ndarray
+            float32 ``(k,)``, its values there.
+        """
+        self._held.append((index, values))
+        if sum(i.nbytes + v.nbytes for i, v in self._held) > self._sum.nbytes:
+            for _ in self.blocks():
+                pass
+
+    def blocks(self) -> Iterator[tuple[slice, FloatVector]]:
+        """Walk through the sum of all that was added.
+
+        Yields
+        ------
+        span : slice
+            A block's coordinates.
+        values : numpy.ndarray
+            float32, the sum there, fresh in the cache; it may be overwritten where the
+            sum is reset next.
+        """
+        firsts = range(0, self._sum.size, _LONG_BLOCK)
+        edges = [*firsts, self._sum.size]
+        bounds = [index.searchsorted(edges).tolist() for index, _ in self._held]
+        for block, first in enumerate(firsts):
+            for (index, values), bound in zip(self._held, bounds, strict=True):
+                part = slice(bound[block], bound[block + 1])
+                np.add.at(self._sum, index[part], values[part])
+            span = slice(first, edges[block + 1])
+            yield span, self._sum[span]
+        self._held.clear()
 
 
 def cache_blocks(mask: BoolVector) -> Iterator[tuple[np.ndarray, slice]]:

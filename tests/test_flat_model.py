@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from federation import small_net
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from gwpf_baseline.coordinates import gather, scatter
+from gwpf_baseline.coordinates import ScatteredSum, gather, scatter
 from gwpf_baseline.learning.flat_model import (
     FlatModel,
     buffers_to_vector,
@@ -184,3 +186,30 @@ def test_gather_and_scatter_are_what_a_mask_chooses(share: float) -> None:
     target = np.zeros_like(values)
     scatter(chosen, mask, target)
     np.testing.assert_array_equal(target, np.where(mask, values, 0))
+
+
+@given(
+    st.sampled_from([1, 1000, 2**17, 2**17 + 1, 300_000]),
+    st.lists(st.sampled_from([0, 0.001, 0.04, 0.6, 1]), max_size=12),
+    st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=40)
+def test_a_scattered_sum_has_the_bits_of_one_vector_after_the_other(
+    dimension: int, shares: list[float], seed: int
+) -> None:
+    """However many blocks there are, and however often memory has run out."""
+    rng = np.random.default_rng(seed)
+    total = ScatteredSum(dimension)
+    for _ in range(2):
+        total.reset()
+        expected = np.zeros(dimension, np.float32)
+        for share in shares:
+            index = np.flatnonzero(rng.random(dimension) < share)
+            values = rng.normal(size=index.size).astype(np.float32)
+            total.add(index, values)
+            expected[index] += values
+        found = np.full(dimension, np.nan, np.float32)
+        for span, values in total.blocks():
+            found[span] = values
+            values.fill(7)  # it may be overwritten
+        np.testing.assert_array_equal(found, expected)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from gwpf_baseline.coordinates import marked
+from gwpf_baseline.coordinates import ScatteredSum, marked
 from gwpf_baseline.exchange.coding import WireError
 from gwpf_baseline.exchange.messages import ClientRecord
 from gwpf_baseline.exchange.payload import Part, Reader, Sections, Sizes, Writer
@@ -203,8 +203,8 @@ class TernaryStrategy(SteppingStrategy[Ternary]):
     ----------
     residual : numpy.ndarray
         float32 ``(d,)``, what clients have sent and the model has not moved by.
-    update_sum : numpy.ndarray
-        float32 ``(d,)``, the weighted sum of the exchange's updates.
+    update_sum : ScatteredSum
+        The weighted sum of the exchange's updates.
 
     Raises
     ------
@@ -215,12 +215,12 @@ class TernaryStrategy(SteppingStrategy[Ternary]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.residual = np.zeros(self.dimension, np.float32)
-        self.update_sum = np.zeros(self.dimension, np.float32)
+        self.update_sum = ScatteredSum(self.dimension)
         self.sent = 0
 
     def reset_sums(self) -> None:
         """Start the sum afresh."""
-        self.update_sum.fill(0)
+        self.update_sum.reset()
         self.sent = 0
 
     def read_upload(self, reader: Reader) -> Ternary:
@@ -231,8 +231,7 @@ class TernaryStrategy(SteppingStrategy[Ternary]):
 
     def add_upload(self, upload: Ternary, weight: float) -> None:
         """Add one client's update."""
-        values = upload.scaled(weight).values()
-        np.add.at(self.update_sum, upload.positions, values)
+        self.update_sum.add(upload.positions, upload.scaled(weight).values())
         self.sent += upload.signs.size
 
     def compressed_mean(self, total_weight: float, keep: float) -> Ternary:
@@ -250,8 +249,9 @@ class TernaryStrategy(SteppingStrategy[Ternary]):
         Ternary
             What was taken out of `residual`.
         """
-        self.update_sum /= np.float32(total_weight)
-        self.residual += self.update_sum
+        for span, update in self.update_sum.blocks():
+            update /= np.float32(total_weight)
+            self.residual[span] += update
         taken = ternarise(self.residual, keep)
         np.subtract.at(self.residual, taken.positions, taken.values())
         return taken
