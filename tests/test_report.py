@@ -8,10 +8,13 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import yaml
 from finished_runs import RECORDS, make_record, make_run
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from gwpf_baseline.records.history import COLUMNS, History, read_history
@@ -24,7 +27,7 @@ from gwpf_baseline.report.runs import ReportError, Run, find_runs, read_run
 from gwpf_baseline.report.tables import lay_out, write_cell
 
 FIGURES = {"metric_rounds.png", "metric_bytes.png", "metric_time.png", "frozen.png"}
-FIGURES |= {"bandwidth.png", "split.png"}
+FIGURES |= {"bandwidth.png", "to_target.png", "split.png"}
 # Three seeds of one method, as unlike as seeds are; the third diverges.
 ACCURACIES = [[0.5, None, 0.8, 0.9], [0.4, None, 0.95, 0.85], [0.3, None, 0.2, 0.1]]
 
@@ -864,6 +867,42 @@ def test_figures_of_many_groups_and_of_single_points(
     rows = [line.replace("\\|", "") for line in lines if line.startswith("| `")]
     assert len({row.count("|") for row in rows[:10]}) == 1
     assert {row.count("`") for row in rows} == {2}
+
+
+def test_what_it_takes_to_a_target(tmp_path: Path) -> None:
+    """A point for each group that reaches it, a line through a method's intervals."""
+    groups = {
+        name: [
+            read_run(make_run(tmp_path / name / str(seed), *overrides, seed=seed))
+            for seed in range(2)
+        ]
+        for name, *overrides in (
+            ("every 5", "method=gwpf"),
+            ("every 50", "method=gwpf", "local_steps=50"),
+            ("fedavg", "method=fedavg", "local_steps=50"),
+        )
+    }
+    short = [make_record(1, test_accuracy=0.1)]
+    groups["never"] = [read_run(make_run(tmp_path / "never", records=short))]
+    file = tmp_path / "figure.png"
+    seen: dict[str, Figure] = {}
+    with mock.patch.object(
+        Figure, "savefig", lambda self, *_, **__: seen.update(f=self)
+    ):
+        assert draw_figure("to_target", groups, 0.5, file)
+    (axes,) = seen["f"].axes
+    rows = {row["label"]: row for row in summarise(groups, 0.5)}
+    points = {
+        str(line.get_label()): np.array(line.get_data()) for line in axes.get_lines()
+    }
+    assert points.keys() == {"every 5", "every 50", "fedavg"}
+    for label, ((rounds,), (size,)) in points.items():
+        assert rounds == rows[label]["rounds_to_target"]
+        assert size == rows[label]["bytes_to_target"]
+    lengths = [np.size(path.vertices) // 2 for path in axes.collections[0].get_paths()]
+    assert sorted(lengths) == [1, 2]
+    assert not draw_figure("to_target", groups, 0.999, file)
+    assert not draw_figure("to_target", groups, None, file)
 
 
 def test_where_bytes_go(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -26,6 +27,7 @@ from matplotlib.ticker import (
 from gwpf_baseline.records.history import RoundRecord
 from gwpf_baseline.records.plots import draw, label_rounds
 from gwpf_baseline.records.target import metric_of
+from gwpf_baseline.report.groups import all_but_interval
 from gwpf_baseline.report.measures import (
     WAYS,
     Axis,
@@ -34,6 +36,7 @@ from gwpf_baseline.report.measures import (
     average_curve,
     layer_curves,
     split,
+    summarise,
     traffic,
 )
 
@@ -50,6 +53,7 @@ _COLOURS = (
     "#808080",
 )
 _LINES = ("-", "--", "-.", ":")
+_MARKERS = "osD^v"
 # Parts of bytes: their name, and a blue for those up, an orange for those down.
 _PARTS = {
     "value": ("values", "#0072B2", "#D55E00"),
@@ -120,7 +124,7 @@ _LAYERS = {
     "perturbation": "mean effective perturbation of each layer",
     "stabilised": "share of each layer that has come to rest",
 }
-FIGURES = (*_CURVES, "split", *_LAYERS)
+FIGURES = (*_CURVES, "to_target", "split", *_LAYERS)
 
 
 def draw_figures(groups: Groups, target: float | None, folder: Path) -> list[str]:
@@ -170,6 +174,8 @@ def draw_figure(name: str, groups: Groups, target: float | None, file: Path) -> 
     bool
         Whether there was anything to draw; if not, no file is written.
     """
+    if name == "to_target":
+        return _draw_to_target(groups, target, file)
     if name == "split":
         return _draw_split(groups, file)
     if name in _LAYERS:
@@ -220,12 +226,43 @@ def caption(name: str, metric: str) -> str:
     str
         Such as ``"test accuracy over bytes sent so far, both ways"``.
     """
+    if name == "to_target":
+        return "bytes and rounds to the target, a line for each method's intervals"
     if name == "split":
         return "what bytes are spent on, and how many they are, both ways"
     if name in _LAYERS:
         return f"{_LAYERS[name]} over round"
     kind = _CURVES[name]
     return f"{kind.y_label.format(metric=metric)} over {kind.x.label}"
+
+
+def _draw_to_target(groups: Groups, target: float | None, file: Path) -> bool:
+    """Draw a point a group, and a line through those that differ in their interval."""
+    rows = [] if target is None else summarise(groups, target)
+    # A logarithm has no place for nothing sent.
+    reached = [row for row in rows if row["bytes_to_target"]]
+    if not reached:
+        return False
+    figure = Figure(layout="constrained")
+    axes = figure.add_subplot()
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in reached:
+        number = list(groups).index(row["label"])
+        point = (row["rounds_to_target"], row["bytes_to_target"])
+        key = all_but_interval(groups[row["label"]][0])
+        curves.setdefault(key, []).append(point)
+        marker = _MARKERS[(number + number // len(_COLOURS)) % len(_MARKERS)]
+        colour = _COLOURS[number % len(_COLOURS)]
+        axes.plot(*point, marker, color=colour, label=row["label"])
+    lines = [sorted(points) for points in curves.values()]
+    axes.add_collection(LineCollection(lines, colors="0.8", zorder=0))
+    axes.set_xlabel("rounds to the target")
+    axes.set_ylabel("bytes to the target, both ways")
+    _make_logarithmic(axes, "x", _PLAIN)
+    _make_logarithmic(axes, "y", EngFormatter("B"))
+    _add_legend(figure)
+    figure.savefig(file, dpi=150)
+    return True
 
 
 def _draw_split(groups: Groups, file: Path) -> bool:

@@ -11,6 +11,8 @@ from gwpf_baseline.report.runs import PLACES, ReportError, Run, flatten, text_of
 
 # What changes nothing in a run but its end, or what is averaged over.
 _UNLABELLED = RESUMABLE | PLACES | {"seed", "eval_every", "stop_at"}
+# How often clients synchronise.
+_INTERVAL = {"local_steps", "local_epochs"}
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
@@ -80,6 +82,12 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
                     f"{run.config['seed']}; leave one out"
                 )
     return labelled
+
+
+def all_but_interval(run: Run) -> str:
+    """Return what two runs have in common that differ in how often they synchronise."""
+    left_out = _UNLABELLED | _INTERVAL
+    return text_of(sorted((k, v) for k, v in run.config.items() if k not in left_out))
 
 
 def _differing(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
