@@ -395,6 +395,8 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         ]
         for client in beyond:
             answer = sound.pop(client)
+            # So that it learns of it, and does not send the same again.
+            self.messages.confirm(client, used=False)
             self._leave_out(
                 client,
                 f"an update of norm {answer.length:.3g}, buffers {answer.distance:.3g} "

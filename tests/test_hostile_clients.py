@@ -410,6 +410,39 @@ def test_an_update_beyond_the_bound_is_left_out(warnings: Callable[[], str]) -> 
     )
 
 
+def test_a_bad_day_is_forgotten_once_it_was_left_out() -> None:
+    """What was far too long would else be part of all that this client ever sends."""
+    federation = scripted(
+        "gwpf",
+        lambda c, e: np.full((1, 24), 1e3 if (c, e) == (3, 4) else 1.0, np.float32),
+        {"half_life": 1e6},
+    )
+    sound = [federation.play().clients for _ in range(8)]
+    assert sound == [4, 4, 4, 3, 4, 4, 4, 4]
+
+
+def test_what_got_lost_on_its_way_is_not_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The server has not seen it, so the client sends it with what comes next."""
+    federation = scripted("gaia", lambda c, e: np.ones((1, 24), np.float32))
+    federation.play(2)
+    node = federation.nodes[3]
+    fit = node.fit
+
+    def drop(*arguments: Any, **named: Any) -> FitRes:
+        fit(*arguments, **named)
+        raise ConnectionError("the cable")
+
+    monkeypatch.setattr(node, "fit", drop)
+    assert federation.play().clients == 3
+    monkeypatch.setattr(node, "fit", fit)
+    before = federation.strategy.weights.clone()
+    federation.play()
+    moved = federation.strategy.weights - before
+    np.testing.assert_allclose(moved, np.full(24, (1 + 1 + 1 + 2) / 4), rtol=1e-6)
+
+
 def test_within_the_bound_and_without_one_nothing_is_cut() -> None:
     """The same bits, with a bound that nobody meets and with none."""
     models = []

@@ -296,6 +296,10 @@ class SyncClient(MethodClient, NumPyClient):
             # The state is a checkpoint's, from before the upload that was used: what
             # that was made of must not be sent a second time.
             state.arrays.pop("residual", None)
+        elif header.used < state.uploaded and 0 < header.base == state.uploaded - 1:
+            # The server has read that upload and left it out, as far too long. What it
+            # was made of would make every one to come as long.
+            state.arrays.pop("residual", None)
 
     def _settle_for_good(self, header: Header, state: ClientState) -> None:
         """Settle by a message that cannot be followed, as none will say it again.
