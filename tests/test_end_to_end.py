@@ -232,7 +232,8 @@ def test_apf_freezes_and_is_reported_beside_gwpf(
     output = write_report(folder, small_run, target=0.1, output=report)
     assert {file.name for file in report.iterdir()} == {
         *("report.md", "report.csv", "metric_rounds.png", "metric_bytes.png"),
-        *("metric_time.png", "frozen.png", "bandwidth.png", "split.png"),
+        *("metric_time.png", "frozen.png", "bandwidth.png", "to_target.png"),
+        "split.png",
     }
     for name in report.glob("*.png"):
         with Image.open(name) as image:
