@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -240,20 +240,18 @@ def _draw_to_target(groups: Groups, target: float | None, file: Path) -> bool:
     """Draw a point a group, and a line through those that differ in their interval."""
     rows = [] if target is None else summarise(groups, target)
     # A logarithm has no place for nothing sent.
-    reached = [row for row in rows if row["bytes_to_target"]]
-    if not reached:
+    if not any(row["bytes_to_target"] for row in rows):
         return False
     figure = Figure(layout="constrained")
     axes = figure.add_subplot()
     curves: dict[str, list[tuple[float, float]]] = {}
-    for row in reached:
-        number = list(groups).index(row["label"])
-        point = (row["rounds_to_target"], row["bytes_to_target"])
-        key = all_but_interval(groups[row["label"]][0])
-        curves.setdefault(key, []).append(point)
-        marker = _MARKERS[(number + number // len(_COLOURS)) % len(_MARKERS)]
-        colour = _COLOURS[number % len(_COLOURS)]
-        axes.plot(*point, marker, color=colour, label=row["label"])
+    for number, row in enumerate(rows):
+        if row["bytes_to_target"]:
+            point = (row["rounds_to_target"], row["bytes_to_target"])
+            key = all_but_interval(groups[row["label"]][0])
+            curves.setdefault(key, []).append(point)
+            colour, marker = _look(number, _MARKERS)
+            axes.plot(*point, marker, color=colour, label=row["label"])
     lines = [sorted(points) for points in curves.values()]
     axes.add_collection(LineCollection(lines, colors="0.8", zorder=0))
     axes.set_xlabel("rounds to the target")
@@ -348,14 +346,19 @@ def _draw_curves(axes: Axes, curves: Mapping[str, Curve]) -> None:
     for number, (label, curve) in enumerate(curves.items()):
         if not curve.x:
             continue
-        colour = _COLOURS[number % len(_COLOURS)]
-        # The ninth group has the first one's colour, but not its style.
-        line = _LINES[(number + number // len(_COLOURS)) % len(_LINES)]
+        colour, line = _look(number, _LINES)
         draw(axes, curve.x, curve.mean, line, label, color=colour)
         if curve.low != curve.high:
             axes.fill_between(
                 curve.x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0
             )
+
+
+def _look(number: int, styles: Sequence[str]) -> tuple[str, str]:
+    """Return a group's colour and style, the same in every figure."""
+    # The ninth group has the first one's colour, but not its style.
+    style = styles[(number + number // len(_COLOURS)) % len(styles)]
+    return _COLOURS[number % len(_COLOURS)], style
 
 
 def _make_logarithmic(axes: Axes, name: str, units: Formatter) -> None:
