@@ -146,7 +146,7 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         Gives each record its ``modelled_seconds``.
     callbacks : sequence of Callback, default none
         What happens around each round, in this order.
-    connect_timeout : float, default 60.0
+    connect_timeout : float, default 120.0
         Seconds to wait for `num_clients` nodes.
     round_timeout : float, optional
         Seconds to wait for a client in a follow-up exchange; default: no limit.
@@ -190,7 +190,7 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         fraction_fit: float = 1.0,
         network: Network | None = None,
         callbacks: Sequence[Callback] = (),
-        connect_timeout: float = 60.0,
+        connect_timeout: float = 120.0,
         round_timeout: float | None = None,
         max_empty_rounds: int = 5,
         num_examples: Sequence[int] | None = None,

@@ -69,6 +69,10 @@ class Run:
         """Wait until so many rounds have ended."""
         until(lambda: self.rounds() >= rounds, f"round {rounds}")
 
+    def log(self) -> str:
+        """Return what the server's part has printed."""
+        return self.nodes.flwr("log", self.number, "--show").stdout
+
     def wait(self) -> str:
         """Wait for the end and return the status."""
         status = ""
@@ -114,7 +118,7 @@ def test_a_run_that_lost_its_server_goes_on_to_the_same_history(
     nodes.start_superlink()
     # Each message starts a process on each node; another checkpoint would show nothing.
     resumed = Run(nodes, resume=str(first.folder), checkpoint_every=0)
-    assert resumed.wait() == "finished:completed"
+    assert resumed.wait() == "finished:completed", resumed.log()
     assert rows(resumed.folder) == rows(reference)
     model = (resumed.folder / "model.safetensors").read_bytes()
     assert model == (reference / "model.safetensors").read_bytes()

@@ -1139,12 +1139,15 @@ def test_nodes_that_cannot_be_told_apart_are_left_out(
     assert "node third gave no answer: partition-id=None" in warnings()
 
 
-def test_too_few_nodes_end_the_run_with_a_way_out() -> None:
+def test_too_few_nodes_end_the_run_with_a_way_out(
+    warnings: Callable[[], str],
+) -> None:
     """The message says how many there are and what to change."""
     federation = small([30, 40, 50], BRIEF, connect_timeout=0)
     alone = Federation(federation.strategy, federation.nodes[:2])
     with pytest.raises(ConfigError, match="num_clients=3: .* serve, 2"):
         alone.play()
+    assert "waiting for clients: 2 of 3 partitions are served" in warnings()
 
 
 def test_rounds_without_nodes_are_empty_and_do_not_end_the_run(

@@ -255,6 +255,14 @@ class Roster:
         deadline = time.monotonic() + self.connect_timeout
         # Before the first round for all; later, if all have gone, for one to come back.
         self._look(server_round, client_manager)
+        if not self._enough():
+            log.warning(
+                "waiting for clients: %d of %d partitions are served "
+                "(connect_timeout=%g)",
+                len(self._holders),
+                self.num_clients,
+                self.connect_timeout,
+            )
         while not self._enough() and time.monotonic() < deadline:
             time.sleep(_POLL)
             self._look(server_round, client_manager)
