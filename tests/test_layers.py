@@ -51,6 +51,7 @@ def test_a_window_is_measured_as_the_paper_says() -> None:
             assert record.parameters == span.stop - span.start
             assert record.perturbation == pytest.approx(np.mean(perturbation[span]))
             assert record.stabilised == pytest.approx(rested[span].mean())
+        assert (weight.value, bias.value) == (models[-1][2], models[-1][6])
         assert weight.nonzero == pytest.approx(0.8) and bias.nonzero == 1
     assert rested[2] and rested[6] and not rested.all()
 
@@ -78,7 +79,7 @@ def test_a_run_leaves_a_row_for_each_layer_and_window(tmp_path: Path) -> None:
 def _run_with_layers(folder: Path, layers: int, shift: float) -> Path:
     run = make_run(folder)
     rows = [
-        LayerRecord(n, f"l{i}", 5, 0.1 * n + shift, 0.5, 0.2)
+        LayerRecord(n, f"l{i}", 5, 0.1 * n + shift, 0.5, 0.2, shift - n)
         for n in (1, 2, 3)
         for i in range(layers)
     ]
@@ -96,13 +97,15 @@ def test_figures_have_a_panel_a_group(layers: int, tmp_path: Path) -> None:
     assert curves["l0"][0] == [1, 2, 3]
     assert curves["l0"][1] == pytest.approx([0.15, 0.25, 0.35])
     without = [read_run(make_run(tmp_path / "without"))]
+    # Not a mean: with each seed a parameter is another one.
+    assert layer_curves([*without, *group], "value")["l0"][1] == [-1, -2, -3]
     groups = {"$some": group, "others": without, "first": group[:1], "last": group[1:]}
-    for name in ("nonzero", "perturbation", "stabilised"):
+    for name in ("nonzero", "perturbation", "stabilised", "value"):
         file = tmp_path / f"{name}.png"
         assert draw_figure(name, groups, None, file)
         with Image.open(file) as image:
             image.verify()
-        assert "layer over round" in caption(name, "accuracy") or name == "stabilised"
+        assert "layer" in caption(name, "accuracy")
         assert not draw_figure(name, {"others": without}, None, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
@@ -112,9 +115,10 @@ def test_figures_have_a_panel_a_group(layers: int, tmp_path: Path) -> None:
     [
         "other columns\n",
         ",".join(LayerRecord._fields) + "\n1,a,5,0.5\n",
-        ",".join(LayerRecord._fields) + "\n1,a,5,0.5,nan,0\n",
-        ",".join(LayerRecord._fields) + "\n1,a,5,0.5,0.5,17\n",
-        ",".join(LayerRecord._fields) + "\nx,a,5,0.5,0.5,1\n",
+        ",".join(LayerRecord._fields) + "\n1,a,5,0.5,nan,0,1\n",
+        ",".join(LayerRecord._fields) + "\n1,a,5,0.5,0.5,17,1\n",
+        ",".join(LayerRecord._fields) + "\nx,a,5,0.5,0.5,1,1\n",
+        ",".join(LayerRecord._fields) + "\n1,a,5,0.5,0.5,1,inf\n",
     ],
 )
 def test_a_damaged_file_is_named(text: str, tmp_path: Path) -> None:

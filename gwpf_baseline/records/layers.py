@@ -1,10 +1,12 @@
 """How each layer of the global model develops: ``layers.csv``.
 
 After the figures of two papers. Which share of a layer is not zero: ZeroFL (Qiu et al.,
-ICLR 2022), figure 1. How far a layer's updates counteract each other, and which share
-of it has come to rest: APF (Chen et al., ICDCS 2021), equation 2, figures 2 and 3.
+ICLR 2022), figure 1. How far a layer's updates counteract each other, which share of it
+has come to rest, and the way of one parameter: APF (Chen et al., ICDCS 2021), equation
+2, figures 1, 2, 3 and 7.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +38,8 @@ class LayerRecord(NamedTuple):
         how far it went. 0 where it did not move.
     stabilised : float
         The share of them for which that has been below `STABLE` in some window.
+    value : float
+        The value of the one in the middle of the tensor.
     """
 
     round: int
@@ -44,6 +48,7 @@ class LayerRecord(NamedTuple):
     nonzero: float
     perturbation: float
     stabilised: float
+    value: float
 
 
 class LayerWatch:
@@ -96,6 +101,7 @@ class LayerWatch:
                 np.count_nonzero(self.last[span]) / (span.stop - span.start),
                 float(perturbation[span].mean(dtype=np.float64)),
                 float(self.stable[span].mean()),
+                float(self.last[(span.start + span.stop) // 2]),
             )
             for name, span in self.spans.items()
         ]
@@ -147,9 +153,12 @@ def read_layers(file: Path) -> list[LayerRecord]:
         cells = line.split(",")
         if len(cells) != len(LayerRecord._fields):
             raise ValueError(f"line {number}: {len(cells)} values")
-        shares = [float(cell) for cell in cells[3:]]
+        *shares, value = (float(cell) for cell in cells[3:])
         # No share is outside, and neither is the mean of a quotient of path lengths.
         if not all(0 <= share <= 1.001 for share in shares):
             raise ValueError(f"line {number}: a share that is none")
-        records.append(LayerRecord(int(cells[0]), cells[1], int(cells[2]), *shares))
+        if not math.isfinite(value):
+            raise ValueError(f"line {number}: a value that is none")
+        numbers = (int(cells[0]), cells[1], int(cells[2]))
+        records.append(LayerRecord(*numbers, *shares, value))
     return records

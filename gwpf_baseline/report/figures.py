@@ -123,6 +123,7 @@ _LAYERS = {
     "nonzero": "non-zero share of each layer",
     "perturbation": "mean effective perturbation of each layer",
     "stabilised": "share of each layer that has come to rest",
+    "value": "value of one parameter of each layer",
 }
 FIGURES = (*_CURVES, "to_target", "split", *_LAYERS)
 

@@ -182,16 +182,18 @@ def layer_curves(
     ----------
     group : sequence of Run
         The runs; those in which layers were not recorded do not count.
-    column : {"nonzero", "perturbation", "stabilised"}
+    column : {"nonzero", "perturbation", "stabilised", "value"}
         What of it.
 
     Returns
     -------
     dict of str to tuple
-        For each layer the rounds, and the means of the runs that have recorded them.
+        For each layer the rounds, and the means of the runs that have recorded them; a
+        parameter's value, which means something else with each seed, is the first's.
     """
     found: dict[str, dict[int, list[float]]] = {}
-    for run in group:
+    recorded = [run for run in group if run.layers]
+    for run in recorded[:1] if column == "value" else recorded:
         for record in run.layers:
             values = found.setdefault(record.layer, {}).setdefault(record.round, [])
             values.append(getattr(record, column))
