@@ -153,12 +153,11 @@ def read_layers(file: Path) -> list[LayerRecord]:
         cells = line.split(",")
         if len(cells) != len(LayerRecord._fields):
             raise ValueError(f"line {number}: {len(cells)} values")
-        *shares, value = (float(cell) for cell in cells[3:])
+        values = [float(cell) for cell in cells[3:]]
         # No share is outside, and neither is the mean of a quotient of path lengths.
-        if not all(0 <= share <= 1.001 for share in shares):
+        if not all(0 <= share <= 1.001 for share in values[:-1]):
             raise ValueError(f"line {number}: a share that is none")
-        if not math.isfinite(value):
+        if not math.isfinite(values[-1]):
             raise ValueError(f"line {number}: a value that is none")
-        numbers = (int(cells[0]), cells[1], int(cells[2]))
-        records.append(LayerRecord(*numbers, *shares, value))
+        records.append(LayerRecord(int(cells[0]), cells[1], int(cells[2]), *values))
     return records
