@@ -105,7 +105,7 @@ def test_figures_have_a_panel_a_group(layers: int, tmp_path: Path) -> None:
         assert draw_figure(name, groups, None, file)
         with Image.open(file) as image:
             image.verify()
-        assert "layer" in caption(name, "accuracy")
+        assert "layer over round" in caption(name, "accuracy") or name == "stabilised"
         assert not draw_figure(name, {"others": without}, None, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
