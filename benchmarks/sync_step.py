@@ -10,6 +10,7 @@ import argparse
 import copy
 import ctypes
 import gc
+import math
 import statistics
 import sys
 import time
@@ -26,6 +27,7 @@ from torch import nn
 
 from gwpf_baseline.config import compose_config, training_config, workbench
 from gwpf_baseline.exchange.coding import (
+    Classes,
     decode_bitmap,
     decode_positions,
     encode_bitmap,
@@ -60,11 +62,12 @@ Step = Callable[[], object]
 
 
 class Vector(nn.Module):
-    """A model that is nothing but d parameters."""
+    """A model that is nothing but d parameters, in one matrix."""
 
     def __init__(self, dimension: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(dimension))
+        columns = math.gcd(dimension, 3200)
+        self.weight = nn.Parameter(torch.randn(dimension // columns, columns))
 
 
 class Uncoded(Writer):
@@ -78,7 +81,9 @@ class Uncoded(Writer):
     ) -> None:
         """Do nothing."""
 
-    def positions(self, positions: np.ndarray, length: int) -> None:
+    def positions(
+        self, positions: np.ndarray, length: int, classes: Classes | None = None
+    ) -> None:
         """Do nothing."""
 
 
@@ -154,12 +159,13 @@ def method_steps(
     if isinstance(strategy, GWPFPaperStrategy):
         again = paper_server(*inputs, follow_up=True)
         steps[f"{name}: server, follow-up"] = lambda: again(cohort)
-    code = encode_bitmap(votes[0])
-    if isinstance(strategy, TernaryStrategy):
-        positions = np.flatnonzero(votes[0])
-        steps[f"{name}: encode votes"] = lambda: encode_positions(positions, voters)
-        steps[f"{name}: decode votes"] = lambda: decode_positions(code, 0, voters)
+    if isinstance(strategy, TernaryStrategy) and strategy.activity is not None:
+        vote = np.flatnonzero(votes[0]), voters, strategy.activity.classes
+        code = encode_positions(*vote)
+        steps[f"{name}: encode votes"] = lambda: encode_positions(*vote)
+        steps[f"{name}: decode votes"] = lambda: decode_positions(code, 0, *vote[1:])
     elif VOTES[name]:
+        code = encode_bitmap(votes[0])
         steps[f"{name}: encode votes"] = lambda: encode_bitmap(votes[0])
         steps[f"{name}: decode votes"] = lambda: decode_bitmap(code, 0, voters)
     return steps

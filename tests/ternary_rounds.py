@@ -1,7 +1,11 @@
 """What the tests of methods with ternary updates share: references, and trouble."""
 
 import numpy as np
-from federation import Federation, lose
+from federation import Federation, lose, payload_of
+from flwr.common import Parameters
+
+from gwpf_baseline.methods.shared.activity import Activity
+from gwpf_baseline.methods.shared.ternary import read_ternary
 
 LENGTH = 24
 
@@ -105,3 +109,21 @@ def play_in_trouble(federation: Federation, answers: dict[int, bool]) -> None:
         node.tamper = None if answers.get(node.partition, True) else lose
         (manager.register if node.partition in answers else manager.unregister)(node)
     federation.play()
+
+
+def activity_before(message: Parameters, federation: Federation) -> Activity | None:
+    """Return what is known of where the model has moved when a message is read.
+
+    From the messages before it, which the first node has received, each with one step.
+    """
+    strategy = federation.strategy
+    if strategy.activity is None:
+        return None
+    activity = Activity(strategy.layers)
+    last = payload_of(message, federation).header.exchange
+    for earlier in federation.nodes[0].received:
+        reader = payload_of(earlier, federation)
+        if 1 < reader.header.exchange < last:
+            step = read_ternary(reader, strategy.dimension, activity)
+            activity.note(step.positions)
+    return activity

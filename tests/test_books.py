@@ -9,9 +9,10 @@ import pytest
 from federation import Federation, lose, payload_of, size, small, with_payload
 from flwr.common import FitRes, Parameters
 from omegaconf import OmegaConf
+from ternary_rounds import activity_before
 
 from gwpf_baseline.config import config_dir
-from gwpf_baseline.exchange.coding import encode_bitmap
+from gwpf_baseline.exchange.coding import encode_bitmap, encode_positions
 from gwpf_baseline.exchange.header import Header, Kind
 from gwpf_baseline.exchange.network import Network
 from gwpf_baseline.exchange.payload import Part, from_parameters
@@ -134,13 +135,17 @@ def _read_ternary(
     message: Parameters, answer: Parameters, federation: Federation, held: int
 ) -> Any:
     spent = Counter[str]()
+    activity = activity_before(message, federation)
     for way, parameters in (("down", message), ("up", answer)):
         reader = payload_of(parameters, federation)
-        positions = reader.bitmap(395)
-        signs = reader.bitmap(int(np.count_nonzero(positions)))
+        classes = None if activity is None else activity.classes
+        positions = reader.positions(395, classes)
+        signs = reader.bitmap(positions.size)
         magnitude = reader.vector(1)
-        spent[f"{way} position"] += len(encode_bitmap(positions))
+        spent[f"{way} position"] += len(encode_positions(positions, 395, classes))
         spent[f"{way} value"] += len(encode_bitmap(signs)) + _vector(magnitude)
+        if activity is not None:
+            activity.note(positions)
     return spent
 
 

@@ -12,6 +12,7 @@ from numpy.testing import assert_array_equal
 
 from gwpf_baseline.exchange.coding import (
     MOST,
+    Classes,
     WireError,
     decode_bitmap,
     decode_number,
@@ -19,6 +20,7 @@ from gwpf_baseline.exchange.coding import (
     encode_bitmap,
     encode_number,
     encode_positions,
+    skip_positions,
 )
 
 LENGTH = 300
@@ -261,6 +263,93 @@ def test_gaps_longer_than_any_symbol_survive() -> None:
         assert_array_equal(decoded, each)
 
 
+# ---- classes ------------------------------------------------------------------------
+
+
+@st.composite
+def classed(draw: st.DrawFn) -> tuple[np.ndarray, Classes]:
+    """Draw a bitmap, of whose places some classes are rare, common, all or none."""
+    shares = draw(
+        st.lists(st.sampled_from([0, 0.01, 0.2, 0.7, 1]), min_size=1, max_size=5)
+    )
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    kinds = rng.integers(0, len(shares), draw(st.integers(1, 600)), np.uint8)
+    bits = rng.random(kinds.size) < np.array(shares)[kinds]
+    return bits, Classes.of(kinds, len(shares))
+
+
+@given(classed(), st.binary(max_size=8))
+@settings(deadline=None)
+def test_positions_of_any_classes_survive(
+    drawn: tuple[np.ndarray, Classes], after: bytes
+) -> None:
+    """Whatever follows them; who knows no classes can pass over them."""
+    bits, classes = drawn
+    positions = np.flatnonzero(bits)
+    code = encode_positions(positions, bits.size, classes)
+    frame = b"before" + code + after
+    found, end = decode_positions(frame, 6, bits.size, classes)
+    assert_array_equal(found, positions)
+    assert found.dtype == positions.dtype and end == 6 + len(code)
+    passed = skip_positions(frame, 6, bits.size, len(classes.members))
+    assert passed == (positions.size, end)
+
+
+def test_classes_are_their_members_in_order() -> None:
+    """Also one without any."""
+    classes = Classes.of(np.array([2, 0, 2, 3, 0], np.uint8), 4)
+    assert [part.tolist() for part in classes.members] == [[1, 4], [], [0, 2], [3]]
+
+
+def test_a_single_class_says_nothing() -> None:
+    """Positions are then coded as without classes, and passed over alike."""
+    classes = Classes.of(np.zeros(5000, np.uint8), 1)
+    positions = np.flatnonzero(bitmap(5000, 0.05))
+    code = encode_positions(positions, 5000)
+    assert encode_positions(positions, 5000, classes) == code
+    assert skip_positions(code, 0, 5000, 1) == (positions.size, len(code))
+
+
+def test_classes_cost_the_sum_of_their_entropies() -> None:
+    """And a few bytes: here two thirds of what a single class would take."""
+    kinds = (np.arange(50_000) % 8).astype(np.uint8)
+    shares = np.array([0.3, 0.06, *[0.002] * 6])
+    bits = np.random.default_rng(0).random(kinds.size) < shares[kinds]
+    classes = Classes.of(kinds, 8)
+    entropy = 0.0
+    for members in classes.members:
+        share = bits[members].mean()
+        rest = 1 - share
+        entropy -= members.size * (share * math.log2(share) + rest * math.log2(rest))
+    positions = np.flatnonzero(bits)
+    code = encode_positions(positions, kinds.size, classes)
+    assert entropy / 8 < len(code) < entropy / 8 + 40
+    assert len(code) < 2 / 3 * len(encode_positions(positions, kinds.size))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "reason"),
+    [
+        ((9, 1, 1, 1), "a bitmap of 9 bits"),
+        ((10, 5, 6, 1), "11 set"),
+        ((10, 6, 2, 1), "6 ones in 5 places"),
+        ((10, 5, 0, 1), "1 words cannot code"),
+        ((10, 5, 1, 0), "0 words cannot code"),
+        ((10, 5, 1, 2), "cut short"),
+        ((10, 5), "number is missing"),
+        ((10, 5, MOST, MOST), "set, not of 10 bits"),
+    ],
+)
+def test_counts_that_classes_belie_are_refused(
+    numbers: tuple[int, ...], reason: str
+) -> None:
+    """Of each class on its own."""
+    classes = Classes.of((np.arange(10) % 2).astype(np.uint8), 2)
+    frame = lengths(*numbers) + (b"\0" * 4 if len(numbers) == 4 else b"")
+    with pytest.raises(WireError, match=reason):
+        decode_positions(frame, 0, 10, classes)
+
+
 # ---- fuzzing ------------------------------------------------------------------------
 
 
@@ -307,3 +396,27 @@ def test_any_words_are_decoded_or_refused_as_expected(
     except WireError:
         return
     assert np.count_nonzero(bits) == ones and end == len(frame)
+
+
+@given(
+    classed(),
+    st.lists(st.integers(0, 30), min_size=5, max_size=5),
+    st.lists(st.integers(0, 2**32 - 1), max_size=10),
+)
+@settings(deadline=None, max_examples=300)
+def test_any_words_are_decoded_by_class_or_refused(
+    drawn: tuple[np.ndarray, Classes], counts: list[int], words: list[int]
+) -> None:
+    """Into as many ones in each class as are announced, each of them once."""
+    bits, classes = drawn
+    ones = counts[: len(classes.members)]
+    code = np.array(words, "<u4").tobytes()
+    frame = lengths(bits.size, *ones, len(words)) + code
+    try:
+        positions, end = decode_positions(frame, 0, bits.size, classes)
+    except WireError:
+        return
+    assert end == len(frame)
+    assert (np.diff(positions) > 0).all()
+    found = np.bincount(classes.kinds[positions], minlength=len(ones))
+    assert found.tolist() == ones

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federation import digits, scripted, small
+from federation import digits, payload_of, scripted, small
 from numpy.testing import assert_allclose, assert_array_equal
 from ternary_rounds import (
     LENGTH,
@@ -17,6 +17,7 @@ from ternary_rounds import (
 )
 
 from gwpf_baseline.callbacks import Evaluation
+from gwpf_baseline.exchange.header import Kind
 from gwpf_baseline.learning.flat_model import FlatModel
 from gwpf_baseline.learning.training import TrainingConfig, evaluate
 from gwpf_baseline.methods import load_method
@@ -62,6 +63,73 @@ def test_what_is_not_forgotten_is_not_lost() -> None:
     used = (strategy.weights.numpy() - 1) / 3 + strategy.residual
     assert_allclose(given_by_clients(federation, rounds), used, atol=1e-5)
     assert np.abs(used).max() > 0.1
+
+
+def test_clients_follow_to_the_bit_whatever_gets_lost() -> None:
+    """The model, and where it has moved; steps that are known already are passed
+    over."""
+    federation = scripted("gwpf", walk, OPTIONS)
+    for answers in TROUBLE:
+        play_in_trouble(federation, answers)
+    play_in_trouble(federation, dict.fromkeys(range(4), True))
+    first, *others = (node.state.arrays for node in federation.nodes)
+    assert first["activity"].sum() > 0
+    for arrays in others:
+        assert_array_equal(arrays["weights"], first["weights"])
+        assert_array_equal(arrays["activity"], first["activity"])
+
+
+def test_a_client_that_begins_late_is_told_where_the_model_has_moved() -> None:
+    """With the whole model, where the steps since the first would be larger."""
+    brief = TrainingConfig(local_steps=1, batch_size=4)
+    federation = small(
+        [30, 30], brief, "gwpf", {"vote_fraction": 0.1, "thaw_budget": 1.0}
+    )
+    manager = federation.server.client_manager()
+    federation.play()
+    away = federation.nodes[1]
+    manager.unregister(away)
+    federation.play(60)
+    manager.register(away)
+    for _ in range(3):
+        assert federation.play().clients == 2
+    kinds = [payload_of(m, federation).header.kind for m in away.received[-3:]]
+    assert kinds == [Kind.MODEL, Kind.CHANGES, Kind.CHANGES]
+    for name in ("weights", "activity"):
+        held = [node.state.arrays[name] for node in federation.nodes]
+        assert_array_equal(held[0], held[1])
+
+
+@pytest.mark.parametrize("counts", [None, [1, 2, 3], [-1] * 113])
+def test_a_client_that_lost_count_says_so(counts: list[int] | None) -> None:
+    """And gets the whole model, with the counts."""
+    federation = small([30, 40], TrainingConfig(local_steps=1, batch_size=4))
+    federation.play(2)
+    node = federation.nodes[0]
+    assert node.state.arrays["activity"].shape == (113,)
+    state = node.state
+    del state.arrays["activity"]
+    if counts is not None:
+        state.arrays["activity"] = np.array(counts, np.int32)
+    state.save(node.context)
+    record = federation.play()
+    assert (record.clients, record.failures) == (1, 1)
+    assert federation.play().clients == 2
+    assert payload_of(node.received[-1], federation).header.kind is Kind.MODEL
+    assert_array_equal(
+        node.state.arrays["activity"], federation.nodes[1].state.arrays["activity"]
+    )
+
+
+@pytest.mark.parametrize("counts", [[-1] * 113, [0] * 112])
+def test_a_checkpoint_with_impossible_counts_is_refused(counts: list[int]) -> None:
+    """It is damaged: nothing that follows could be read."""
+    federation = small([30, 40], TrainingConfig(local_steps=1, batch_size=4))
+    federation.play(2)
+    state = federation.strategy.state()
+    state["activity"] = torch.tensor(counts, dtype=torch.int32)
+    with pytest.raises(ValueError, match="activity|counts"):
+        small([30, 40], TrainingConfig()).strategy.load_state(state)
 
 
 def test_only_what_is_thawed_moves() -> None:

@@ -37,7 +37,7 @@ BITS = np.arange(LENGTH) % 3 == 0
 VALUES = np.linspace(-1, 1, LENGTH, dtype=np.float32)
 HEADER = Header("gwpf", Kind.UPDATE, exchange=7, base=6, length=LENGTH)
 # The bytes that announce the type of a vector's values.
-FLOAT32, FLOAT16, INT8, INT16, UINT8, UINT16 = range(6)
+FLOAT32, FLOAT16, INT8, INT16, UINT8, UINT16, INT32 = range(7)
 
 
 def serialised(array: np.ndarray) -> bytes:
@@ -235,8 +235,8 @@ def test_sections_can_be_kept_and_appended_to_many_payloads() -> None:
     [
         (0, 0x50, "format version"),
         (1, 0x50, "format version"),
-        (2, 3, "format version"),
-        (2, 5, "format version"),
+        (2, 4, "format version"),
+        (2, 6, "format version"),
         (3, 0, "unknown kind"),
         (3, 8, "unknown kind"),
         (3, 0x84, "unknown kind of payload: 4, 128"),
@@ -264,7 +264,7 @@ def test_the_positions_above_are_those_of_the_fields() -> None:
     """A header of thirteen bytes, and four of a checksum where there is one."""
     code = HEADER.pack()
     assert len(code) == 13
-    assert code[:4] == b"GW\x04\x04"
+    assert code[:4] == b"GW\x05\x04"
     assert code[8:] == b"\xac\x02\x07\x01\x07"
     checked = replace(HEADER, checksum=0x01020304, follow_up=True, with_mask=True)
     assert checked.pack()[3] == 0x74
@@ -313,7 +313,8 @@ def _ending_in(value: float) -> bytes:
         (vector(INT16, 300, bytes(600)), "300 float32 values, got 300 of int16"),
         (vector(UINT8, 300, bytes(300)), "300 float32 values, got 300 of uint8"),
         (vector(UINT16, 300, bytes(600)), "300 float32 values, got 300 of uint16"),
-        (vector(6, 300, bytes(2400)), "a vector of 300 values is missing"),
+        (vector(INT32, 300, bytes(1200)), "300 float32 values, got 300 of int32"),
+        (vector(7, 300, bytes(2400)), "a vector of 300 values is missing"),
         (vector(255, 300, bytes(2400)), "a vector of 300 values is missing"),
         (b"\x00\xac\x82\x00" + VALUES.tobytes(), "a number is missing"),
         (b"\x00\xff\xff\xff\xff\x0f" + VALUES.tobytes(), "too large"),
@@ -337,7 +338,7 @@ def test_a_vector_that_is_not_what_belongs_there_is_refused(
     assert peak < 2**20
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.int32, np.int64, np.bool_, object])
+@pytest.mark.parametrize("dtype", [np.float64, np.uint32, np.int64, np.bool_, object])
 def test_other_types_are_not_written(dtype: type) -> None:
     """It would be a mistake of ours: nobody could announce them."""
     with pytest.raises(ValueError, match="not in"):

@@ -43,6 +43,7 @@ from gwpf_baseline.learning.client import SyncClient
 from gwpf_baseline.learning.method_client import Task
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.learning.training import TrainingConfig
+from gwpf_baseline.methods.shared.activity import Activity
 from gwpf_baseline.methods.shared.ternary import read_ternary
 from gwpf_baseline.records.history import RoundRecord
 from gwpf_baseline.utils import ConfigError
@@ -1048,7 +1049,7 @@ def test_buffers_are_sent_in_full_and_counted() -> None:
         for message, votes in ((node.received[0], False), (node.sent[0], True)):
             reader = payload_of(message, federation)
             if votes:
-                read_ternary(reader, 395)
+                read_ternary(reader, 395, Activity(federation.strategy.layers))
             assert reader.vector(11, part=Part.BUFFERS).shape == (11,)
             reader.finish()
     record = federation.strategy.records[0]

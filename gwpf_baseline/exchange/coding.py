@@ -8,9 +8,9 @@ checked.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import constriction
 import numpy as np
@@ -32,6 +32,28 @@ _NOTHING = np.zeros(0, np.uint32)
 
 class WireError(ValueError):
     """A payload that is not what the receiver must be able to rely on."""
+
+
+class Classes(NamedTuple):
+    """A division of a bitmap's places: those of a class are expected to be alike.
+
+    Parameters
+    ----------
+    kinds : numpy.ndarray
+        uint8 ``(n,)``, the class of each place.
+    members : list of numpy.ndarray
+        int32, the places of each class, rising.
+    """
+
+    kinds: np.ndarray
+    members: list[np.ndarray]
+
+    @classmethod
+    def of(cls, kinds: np.ndarray, count: int) -> "Classes":
+        """Divide places by their kinds, uint8 ``(n,)`` with values below `count`."""
+        # Faster than to sort, for the few classes that there are.
+        members = [np.flatnonzero(kinds == kind) for kind in range(count)]
+        return cls(kinds, [places.astype(np.int32) for places in members])
 
 
 def encode_number(number: int) -> bytes:
@@ -119,10 +141,12 @@ def encode_bitmap(bits: BoolVector, expected: np.ndarray | None = None) -> bytes
         code = encoder.get_compressed()
     else:
         code = _NOTHING
-    return _with_lengths(bits.size, ones, code)
+    return _with_lengths(code, bits.size, ones)
 
 
-def encode_positions(positions: np.ndarray, length: int) -> bytes:
+def encode_positions(
+    positions: np.ndarray, length: int, classes: Classes | None = None
+) -> bytes:
     """Code a bitmap, given where its ones are.
 
     Parameters
@@ -131,16 +155,32 @@ def encode_positions(positions: np.ndarray, length: int) -> bytes:
         int64 ``(k,)``, rising.
     length : int
         The number of bits, n <= `MOST`.
+    classes : Classes, optional
+        What both sides expect: that places of a class are as likely to be set as each
+        other. Default: all are.
 
     Returns
     -------
     bytes
         What :func:`encode_bitmap` returns of the bitmap, which is not made where ones
-        are rare.
+        are rare. With classes, the ones are counted class by class, and coded by the
+        gaps between them within each: within a few bytes of the sum of the classes'
+        entropies.
     """
-    if positions.size > _RARE * length:
-        return encode_bitmap(marked(positions, length))
-    return _with_lengths(length, positions.size, _encode_gaps(positions, length))
+    if classes is None:
+        if positions.size > _RARE * length:
+            return encode_bitmap(marked(positions, length))
+        code = _encode_gaps(positions, length)
+        return _with_lengths(code, length, positions.size)
+    encoder, ones = _stream.queue.RangeEncoder(), []
+    kinds = classes.kinds[positions]
+    for kind, members in enumerate(classes.members):
+        inside = positions[kinds == kind].astype(np.int32)
+        ones.append(inside.size)
+        if 0 < inside.size < members.size:
+            places = np.searchsorted(members, inside)
+            encoder.encode(*_gap_symbols(places, members.size))
+    return _with_lengths(encoder.get_compressed(), length, *ones)
 
 
 def decode_bitmap(
@@ -171,7 +211,7 @@ def decode_bitmap(
     WireError
         Truncated, of another length, or its ones are not as many as it says.
     """
-    ones, decoder, end = _open(frame, offset, length)
+    (ones,), decoder, end = _open(frame, offset, [length])
     if decoder is None:
         return np.full(length, ones > 0), end
     rarer, count = _rarer(ones, length)
@@ -188,7 +228,9 @@ def decode_bitmap(
     return bits, end
 
 
-def decode_positions(frame: Buffer, offset: int, length: int) -> tuple[np.ndarray, int]:
+def decode_positions(
+    frame: Buffer, offset: int, length: int, classes: Classes | None = None
+) -> tuple[np.ndarray, int]:
     """Undo :func:`encode_positions`.
 
     Parameters
@@ -199,6 +241,8 @@ def decode_positions(frame: Buffer, offset: int, length: int) -> tuple[np.ndarra
         Where it begins.
     length : int
         The number of bits that the receiver expects.
+    classes : Classes, optional
+        As they were given to :func:`encode_positions`.
 
     Returns
     -------
@@ -212,31 +256,94 @@ def decode_positions(frame: Buffer, offset: int, length: int) -> tuple[np.ndarra
     WireError
         As of :func:`decode_bitmap`.
     """
-    ones, decoder, end = _open(frame, offset, length)
-    if decoder is None or ones > _RARE * length:
+    sizes = [length] if classes is None else [m.size for m in classes.members]
+    ones, decoder, end = _open(frame, offset, sizes)
+    if classes is None and (decoder is None or ones[0] > _RARE * length):
         return np.flatnonzero(decode_bitmap(frame, offset, length)[0]), end
     with _checking(decoder):
-        positions = _decode_gaps(decoder, ones, length)
-    return positions, end
+        if classes is None:
+            return _decode_gaps(decoder, ones[0], length), end
+        return _decode_by_class(decoder, ones, classes), end
 
 
-def _with_lengths(size: int, ones: int, code: np.ndarray) -> bytes:
-    """Return a bitmap's code after what must be known to read it."""
-    lengths = b"".join(map(encode_number, (size, ones, code.size)))
-    return lengths + code.astype("<u4", copy=False).tobytes()
+def skip_positions(
+    frame: Buffer, offset: int, length: int, classes: int
+) -> tuple[int, int]:
+    """Pass over a bitmap that :func:`encode_positions` wrote, without decoding it.
+
+    Parameters
+    ----------
+    frame : bytes or memoryview
+        Bytes that hold a coded bitmap.
+    offset : int
+        Where it begins.
+    length : int
+        The number of bits that the receiver expects.
+    classes : int
+        How many classes it was written with; 1 if without.
+
+    Returns
+    -------
+    ones : int
+        How many of the bits are set.
+    offset : int
+        The first byte after the code.
+
+    Raises
+    ------
+    WireError
+        Truncated, or of another length.
+    """
+    ones, words, offset = _read_lengths(frame, offset, length, classes)
+    return sum(ones), offset + 4 * words
 
 
-def _open(frame: Buffer, offset: int, length: int) -> tuple[int, Any, int]:
-    """Return how many ones a bitmap has, what decodes it, if any, and its end."""
+def _decode_by_class(decoder: Any, ones: list[int], classes: Classes) -> np.ndarray:
+    """Decode the ones of one class after the other, and put them in order."""
+    found = []
+    for count, members in zip(ones, classes.members, strict=True):
+        if 0 < count < members.size:
+            members = members[_decode_gaps(decoder, count, members.size)]
+        found.append(members if count else members[:0])
+    return np.sort(np.concatenate(found)).astype(np.int64)
+
+
+def _with_lengths(code: np.ndarray, *lengths: int) -> bytes:
+    """Return a bitmap's code after what must be known to read it: its size and ones."""
+    numbers = b"".join(map(encode_number, (*lengths, code.size)))
+    return numbers + code.astype("<u4", copy=False).tobytes()
+
+
+def _read_lengths(
+    frame: Buffer, offset: int, length: int, classes: int
+) -> tuple[list[int], int, int]:
+    """Return how many ones each class has and the words of the code, which follow."""
     size, offset = decode_number(frame, offset)
-    ones, offset = decode_number(frame, offset)
+    ones = []
+    for _ in range(classes):
+        count, offset = decode_number(frame, offset)
+        ones.append(count)
     words, offset = decode_number(frame, offset)
-    if size != length or ones > size:
-        raise WireError(f"a bitmap of {size} bits, {ones} set, not of {length} bits")
+    if size != length or sum(ones) > size:
+        raise WireError(
+            f"a bitmap of {size} bits, {sum(ones)} set, not of {length} bits"
+        )
     if 4 * words > len(frame) - offset:
         raise WireError("a bitmap's code is cut short")
-    if (words == 0) != (ones in (0, size)):
-        raise WireError(f"{words} words cannot code {ones} ones in {size} bits")
+    return ones, words, offset
+
+
+def _open(
+    frame: Buffer, offset: int, sizes: Sequence[int]
+) -> tuple[list[int], Any, int]:
+    """Return how many ones each class has, what decodes them, if any, and the end."""
+    ones, words, offset = _read_lengths(frame, offset, sum(sizes), len(sizes))
+    beyond = [f"{o} ones in {s}" for o, s in zip(ones, sizes, strict=True) if o > s]
+    if beyond:
+        raise WireError(f"a class of a bitmap with {beyond[0]} places")
+    told = all(o in (0, s) for o, s in zip(ones, sizes, strict=True))
+    if (words == 0) != told:
+        raise WireError(f"{words} words cannot code {ones} ones in {sizes} bits")
     if words == 0:
         return ones, None, offset
     code = np.frombuffer(frame, "<u4", words, offset).astype(np.uint32)
@@ -255,7 +362,7 @@ def _checking(decoder: Any) -> Iterator[None]:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise WireError("a bitmap's code is damaged") from None
-    if not decoder.maybe_exhausted():
+    if decoder is not None and not decoder.maybe_exhausted():
         raise WireError("a bitmap's code does not end with its last one")
 
 
@@ -290,14 +397,19 @@ def _encode_gaps(positions: np.ndarray, size: int) -> np.ndarray:
     """Code the gaps before each of so many positions."""
     if not positions.size:
         return _NOTHING
+    encoder = _stream.queue.RangeEncoder()
+    encoder.encode(*_gap_symbols(positions, size))
+    return encoder.get_compressed()
+
+
+def _gap_symbols(positions: np.ndarray, size: int) -> tuple[np.ndarray, Any]:
+    """Return the symbols of the gaps before so many positions, and their model."""
     model, longest = _gaps(positions.size / size)
     pieces, rest = np.divmod(np.diff(positions, prepend=-1) - 1, longest)
     ends = np.cumsum(pieces + 1) - 1
     symbols = np.full(ends[-1] + 1, longest, np.int32)
     symbols[ends] = rest
-    encoder = _stream.queue.RangeEncoder()
-    encoder.encode(symbols, model)
-    return encoder.get_compressed()
+    return symbols, model
 
 
 def _decode_gaps(decoder: Any, count: int, size: int) -> np.ndarray:

@@ -26,7 +26,7 @@ from gwpf_baseline.exchange.payload import (
     to_parameters,
     vector_checksum,
 )
-from gwpf_baseline.utils import BoolVector, FloatVector, is_whole
+from gwpf_baseline.utils import BoolVector, is_whole
 
 #: The coordinates that changed, where all of them did.
 EVERYTHING = slice(None)
@@ -84,8 +84,8 @@ class GlobalModel(Protocol):
     def write_change(self, writer: Writer, held: ClientRecord) -> bool:
         """Write how the model has changed since a version."""
 
-    def write_values(self, writer: Writer, values: FloatVector) -> None:
-        """Write values of the model."""
+    def write_model(self, writer: Writer) -> None:
+        """Write the whole model."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class Messages:
         whole = self._model.dense_downlink or held.version < 0
         if whole or not self._model.write_change(writer, held):
             writer = Writer(self._header(Kind.MODEL, held, with_mask))
-            self._model.write_values(writer, self._model.weights.numpy())
+            self._model.write_model(writer)
         if with_mask:
             assert self.mask is not None
             writer.bitmap(self.mask)

@@ -18,6 +18,7 @@ from flwr.common import Parameters
 
 from gwpf_baseline.exchange.coding import (
     Buffer,
+    Classes,
     WireError,
     decode_bitmap,
     decode_number,
@@ -25,12 +26,13 @@ from gwpf_baseline.exchange.coding import (
     encode_bitmap,
     encode_number,
     encode_positions,
+    skip_positions,
 )
 from gwpf_baseline.exchange.header import Header, Kind
 from gwpf_baseline.utils import BoolVector, FloatVector
 
 # The types of vectors, by the byte that announces one.
-_DTYPES = tuple(np.dtype(t) for t in ("<f4", "<f2", "|i1", "<i2", "|u1", "<u2"))
+_DTYPES = tuple(np.dtype(t) for t in ("<f4", "<f2", "|i1", "<i2", "|u1", "<u2", "<i4"))
 # How Flower is told what a tensor's bytes are.
 _TENSOR_TYPE = "uint8"
 
@@ -95,7 +97,9 @@ class Sections:
         """
         self._append(encode_bitmap(bits, expected), part)
 
-    def positions(self, positions: np.ndarray, length: int) -> None:
+    def positions(
+        self, positions: np.ndarray, length: int, classes: Classes | None = None
+    ) -> None:
         """Append a bitmap, given where its ones are.
 
         Parameters
@@ -104,8 +108,10 @@ class Sections:
             int64 ``(k,)``, rising.
         length : int
             The number of its bits.
+        classes : Classes, optional
+            As of :func:`encode_positions`.
         """
-        self._append(encode_positions(positions, length), Part.POSITIONS)
+        self._append(encode_positions(positions, length, classes), Part.POSITIONS)
 
     def vector(self, values: np.ndarray, part: Part = Part.VALUES) -> None:
         """Append a vector.
@@ -113,7 +119,7 @@ class Sections:
         Parameters
         ----------
         values : numpy.ndarray
-            ``(k,)``, float32 or float16, or integers of 8 or 16 bits, which travel as
+            ``(k,)``, float32 or float16, or integers of 8 to 32 bits, which travel as
             they are after a byte for the type and k. An empty vector costs nothing.
         part : Part, default values
             What its bytes count as.
@@ -226,22 +232,43 @@ class Reader:
         self._advance(end, part)
         return bits
 
-    def positions(self, length: int) -> np.ndarray:
+    def positions(self, length: int, classes: Classes | None = None) -> np.ndarray:
         """Take the next bitmap, as the positions of its ones.
 
         Parameters
         ----------
         length : int
             The number of bits that it must have.
+        classes : Classes, optional
+            As it was written with.
 
         Returns
         -------
         numpy.ndarray
             int64 ``(k,)``, rising.
         """
-        positions, end = decode_positions(self._frame, self._offset, length)
+        positions, end = decode_positions(self._frame, self._offset, length, classes)
         self._advance(end, Part.POSITIONS)
         return positions
+
+    def skip_positions(self, length: int, classes: int) -> int:
+        """Pass over the next bitmap, given by its ones' positions.
+
+        Parameters
+        ----------
+        length : int
+            The number of bits that it must have.
+        classes : int
+            How many classes it was written with; 1 if without.
+
+        Returns
+        -------
+        int
+            How many of its bits are set.
+        """
+        ones, end = skip_positions(self._frame, self._offset, length, classes)
+        self._advance(end, Part.POSITIONS)
+        return ones
 
     def vector(
         self,

@@ -210,7 +210,7 @@ class SyncClient(MethodClient, NumPyClient):
         header = reader.header
         size = self.initial.numel()
         if header.kind is Kind.MODEL:
-            weights = torch.from_numpy(self.read_values(reader, size).copy())
+            weights = torch.from_numpy(self.read_model(reader, state).copy())
         elif header.kind in (Kind.CHANGES, Kind.VALUES):
             weights = self._known_weights(header, state)
             self.read_change(reader, weights.numpy(), state)

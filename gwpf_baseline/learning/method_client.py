@@ -190,6 +190,24 @@ class MethodClient(ABC):
         values = self.read_values(reader, int(np.count_nonzero(changed)))
         scatter(values, changed, weights)
 
+    def read_model(self, reader: Reader, state: ClientState) -> FloatVector:
+        """Take the whole global model; undoes :meth:`SyncStrategy.write_model`.
+
+        Parameters
+        ----------
+        reader : Reader
+            The server's payload.
+        state : ClientState
+            The state; what came besides the model is kept in it.
+
+        Returns
+        -------
+        numpy.ndarray
+            float32 ``(d,)``. It may be read-only.
+        """
+        del state
+        return self.read_values(reader, self.initial.numel())
+
     def read_values(self, reader: Reader, length: int) -> FloatVector:
         """Take values of the global model; undoes :meth:`SyncStrategy.write_values`.
 

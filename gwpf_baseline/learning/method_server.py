@@ -239,6 +239,18 @@ class MethodServer(ABC, Generic[Upload]):
         self.write_values(writer, gather(self.weights.numpy(), changed))
         return True
 
+    def write_model(self, writer: Writer) -> None:
+        """Write the whole global model, for a client that follows it from here on.
+
+        Parameters
+        ----------
+        writer : Writer
+            The message. A method whose clients must hold something besides the model
+            to read what follows writes that, too; :meth:`SyncClient.read_model` undoes
+            it.
+        """
+        self.write_values(writer, self.weights.numpy())
+
     def write_values(self, writer: Writer, values: FloatVector) -> None:
         """Write values of the global model into a message.
 

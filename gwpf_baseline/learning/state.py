@@ -42,8 +42,9 @@ class ClientState:
         ``weights`` float32 ``(d,)``, the global model as it knows it; ``sent`` uint8
         ``(ceil(d / 8),)``, the coordinates of its last upload, a bit each, and
         ``left_out`` float32 ``(k,)``, what rounding left out of them; ``residual``
-        float32 ``(d,)``, what it learned and the server has not used; ``moment.*``, the
-        optimiser's state. Each only where it is needed. Those that were loaded are
+        float32 ``(d,)``, what it learned and the server has not used; ``activity``
+        int32 ``(m,)``, how often the model's rows and columns have moved; ``moment.*``,
+        the optimiser's state. Each only where it is needed. Those that were loaded are
         read-only: see :meth:`own`.
     """
 
@@ -140,8 +141,10 @@ class ClientState:
             "residual": dimension,
             "sent": -(-dimension // 8),
         }
+        # A matrix has at most one row and column more than values.
+        most = {**whole, "activity": 2 * dimension}
         for name, array in arrays.items():
-            size = whole.get(name, dimension)
+            size = most.get(name, dimension)
             if array.size > size or (name in whole and array.shape != (size,)):
                 raise StateError(f"{name} has {array.size} values, not {size}")
             if not is_finite(array):

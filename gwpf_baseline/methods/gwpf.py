@@ -108,6 +108,7 @@ class GWPFStrategy(TernaryStrategy):
 
     name = "gwpf"
     config: GWPFConfig
+    foresees = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -155,6 +156,7 @@ class GWPFClient(TernaryClient):
 
     name = "gwpf"
     config: GWPFConfig
+    foresees = True
 
     def upload(self, task: Task, state: ClientState, writer: Writer) -> float:
         """Train from the global model, and vote for the largest of what is held."""

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 
 from gwpf_baseline.coordinates import ScatteredSum, marked
-from gwpf_baseline.exchange.coding import WireError
+from gwpf_baseline.exchange.coding import Classes, WireError
 from gwpf_baseline.exchange.messages import ClientRecord
 from gwpf_baseline.exchange.payload import Part, Reader, Sections, Sizes, Writer
 from gwpf_baseline.learning.client import SyncClient
+from gwpf_baseline.learning.method_client import LostState
 from gwpf_baseline.learning.method_server import Upload
 from gwpf_baseline.learning.state import ClientState
+from gwpf_baseline.methods.shared.activity import CLASSES, Activity
 from gwpf_baseline.methods.shared.pruning import largest, share
 from gwpf_baseline.strategy import SyncStrategy
 from gwpf_baseline.utils import BoolVector, FloatVector
@@ -77,15 +79,32 @@ def ternarise(vector: FloatVector, keep: float) -> Ternary:
     return Ternary(positions, kept > 0, np.float32(magnitude))
 
 
-def write_ternary(sections: Sections, step: Ternary, dimension: int) -> None:
-    """Code a ternary vector: a bitmap of positions, one of signs, one float."""
-    sections.positions(step.positions, dimension)
+def write_ternary(
+    sections: Sections, step: Ternary, dimension: int, activity: Activity | None = None
+) -> None:
+    """Code a ternary vector: a bitmap of positions, one of signs, one float.
+
+    Parameters
+    ----------
+    sections : Sections
+        Takes the code.
+    step : Ternary
+        The vector.
+    dimension : int
+        d.
+    activity : Activity, optional
+        What both sides know of where the model has moved, by which positions are coded.
+        Default: nothing.
+    """
+    sections.positions(step.positions, dimension, _expected(activity))
     if step.signs.size:
         sections.bitmap(step.signs, part=Part.VALUES)
         sections.vector(np.array([step.magnitude], np.float32))
 
 
-def read_ternary(reader: Reader, dimension: int) -> Ternary:
+def read_ternary(
+    reader: Reader, dimension: int, activity: Activity | None = None
+) -> Ternary:
     """Undo :func:`write_ternary`.
 
     Raises
@@ -93,14 +112,29 @@ def read_ternary(reader: Reader, dimension: int) -> Ternary:
     WireError
         The payload holds something else.
     """
-    positions = reader.positions(dimension)
+    positions = reader.positions(dimension, _expected(activity))
     if not positions.size:
         return NOWHERE
-    signs = reader.bitmap(positions.size, part=Part.VALUES)
+    return Ternary(positions, *_read_values(reader, positions.size))
+
+
+def _skip_ternary(reader: Reader, dimension: int, classes: int) -> None:
+    """Pass over a vector, whatever was expected of its positions."""
+    count = reader.skip_positions(dimension, classes)
+    if count:
+        _read_values(reader, count)
+
+
+def _expected(activity: Activity | None) -> Classes | None:
+    return None if activity is None else activity.classes
+
+
+def _read_values(reader: Reader, count: int) -> tuple[BoolVector, np.float32]:
+    signs = reader.bitmap(count, part=Part.VALUES)
     (magnitude,) = reader.vector(1)
     if magnitude < 0:
         raise WireError(f"a magnitude of {magnitude}")
-    return Ternary(positions, signs, magnitude)
+    return signs, magnitude
 
 
 # ---- the server's half --------------------------------------------------------------
@@ -121,6 +155,8 @@ class SteppingStrategy(SyncStrategy[Upload]):
     ----------
     steps : list of Sections
         The last exchanges' steps, coded; never larger than the whole model.
+    activity : Activity or None
+        What both sides know of where the model has moved, if the method codes by it.
 
     Raises
     ------
@@ -128,10 +164,14 @@ class SteppingStrategy(SyncStrategy[Upload]):
         Values are to be rounded or applied in another way.
     """
 
+    #: Whether positions are coded by where the model has moved; for both halves.
+    foresees = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.refuse("sends signs of one size", "server_optimizer", "quantization")
         self.steps: list[Sections] = []
+        self.activity = Activity(self.layers) if self.foresees else None
 
     def take_step(self, step: Ternary) -> BoolVector:
         """Move the model by a step, and keep it for those who are not here.
@@ -148,6 +188,8 @@ class SteppingStrategy(SyncStrategy[Upload]):
         """
         np.add.at(self.weights.numpy(), step.positions, step.values())
         self._remember(step)
+        if self.activity is not None:
+            self.activity.note(step.positions)
         return marked(step.positions, self.dimension)
 
     def abandon_exchange(self) -> None:
@@ -156,7 +198,7 @@ class SteppingStrategy(SyncStrategy[Upload]):
 
     def _remember(self, step: Ternary) -> None:
         coded = Sections()
-        write_ternary(coded, step, self.dimension)
+        write_ternary(coded, step, self.dimension, self.activity)
         self.steps.append(coded)
         # What is larger than the model is never sent.
         while sum(step.size for step in self.steps) >= 4 * self.dimension:
@@ -171,16 +213,27 @@ class SteppingStrategy(SyncStrategy[Upload]):
             writer.splice(step)
         return True
 
+    def write_model(self, writer: Writer) -> None:
+        """Write the model, and what there is to know of where it has moved."""
+        super().write_model(writer)
+        if self.activity is not None:
+            writer.vector(self.activity.counts, Part.POSITIONS)
+
     def method_state(self) -> dict[str, Any]:
-        """Return the last steps."""
+        """Return the last steps, and where the model has moved."""
         codes = b"".join(step.code() for step in self.steps)
-        return {
+        state = {
             "steps": torch.from_numpy(np.frombuffer(codes, np.uint8).copy()),
             "step_sizes": [dict(step.sizes) for step in self.steps],
         }
+        if self.activity is not None:
+            state["activity"] = torch.from_numpy(self.activity.counts)
+        return state
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`method_state` returned."""
+        if self.activity is not None:
+            self.activity = Activity(self.layers, state["activity"].numpy())
         codes, self.steps = state["steps"].numpy().tobytes(), []
         for saved in state["step_sizes"]:
             sizes = Sizes({Part(part): size for part, size in saved.items()})
@@ -225,7 +278,7 @@ class TernaryStrategy(SteppingStrategy[Ternary]):
 
     def read_upload(self, reader: Reader) -> Ternary:
         """Take one client's ternary update."""
-        upload = read_ternary(reader, self.dimension)
+        upload = read_ternary(reader, self.dimension, self.activity)
         self.measure(upload.values())
         return upload
 
@@ -283,15 +336,51 @@ class SteppingClient(SyncClient):
         See :class:`SyncClient`.
     """
 
+    foresees = False
+
+    def activity(self, state: ClientState) -> Activity | None:
+        """Return what this client knows of where the model has moved.
+
+        Raises
+        ------
+        LostState
+            It is not in the state of a client that has followed the model.
+        """
+        if not self.foresees:
+            return None
+        counts = state.arrays.get("activity")
+        if counts is None and state.version:
+            raise LostState(-1)
+        try:
+            return Activity(self.layers, counts)
+        except WireError:
+            raise LostState(-1) from None
+
+    def read_model(self, reader: Reader, state: ClientState) -> FloatVector:
+        """Take the model, and what there is to know of where it has moved."""
+        weights = super().read_model(reader, state)
+        if self.foresees:
+            size = Activity(self.layers).counts.size
+            counts = reader.vector(size, np.int32, Part.POSITIONS)
+            state.arrays["activity"] = Activity(self.layers, counts).counts
+        return weights
+
     def read_change(
         self, reader: Reader, weights: FloatVector, state: ClientState
     ) -> None:
         """Take the steps that this client has missed, in their order, to the bit."""
+        activity = self.activity(state)
         for version in range(reader.header.base, reader.header.exchange - 1):
-            step = read_ternary(reader, weights.size)
             # The server may not know that some of them had arrived before.
-            if version >= state.version:
-                np.add.at(weights, step.positions, step.values())
+            if version < state.version:
+                _skip_ternary(reader, weights.size, CLASSES if self.foresees else 1)
+                continue
+            step = read_ternary(reader, weights.size, activity)
+            np.add.at(weights, step.positions, step.values())
+            if activity is not None:
+                activity.note(step.positions)
+        if activity is not None:
+            state.arrays["activity"] = activity.counts
 
 
 # pylint: disable-next=abstract-method  # which its kinds fill in
@@ -321,6 +410,6 @@ class TernaryClient(SteppingClient):
             The share of coordinates to send, see :func:`ternarise`.
         """
         update = ternarise(residual, keep)
-        write_ternary(writer, update, residual.size)
+        write_ternary(writer, update, residual.size, self.activity(state))
         left_out = residual[update.positions] - update.values()
         self.note_sent(state, marked(update.positions, residual.size), left_out)

@@ -1,0 +1,131 @@
+"""Where coordinates will move next, as far as both sides can tell from where they have.
+
+What moves is not scattered over a model: some filters, neurons and words learn while
+others rest, and so do some of their inputs. So of each tensor, as a matrix of rows (its
+first dimension) and columns (all others), it is counted how often each row and each
+column has moved. If the two had nothing to do with each other, a coordinate would move
+as often as the product says, as in a table of contingency: by these expected counts
+coordinates are divided into classes, and in each of them positions are coded by the
+share that it turns out to have.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from gwpf_baseline.exchange.coding import MOST, Classes, WireError
+from gwpf_baseline.learning.flat_model import Layer
+
+# Expected counts are classed by powers of two, from up to a sixteenth of the mean to
+# eight times and more.
+_LOWEST, _HIGHEST = -4, 4
+#: How many classes there are.
+CLASSES = _HIGHEST - _LOWEST + 1
+
+
+# Coordinates that are classed at a time.
+_BLOCK = 2**15
+
+
+class _Table(NamedTuple):
+    """A tensor as a matrix: its coordinates, and where its counts stand."""
+
+    span: slice
+    columns: int
+    row_counts: slice
+    column_counts: slice
+
+
+class Activity:
+    """How often each row and each column of a model's tensors has moved.
+
+    All of it is computed in whole numbers, or by single products and quotients of them,
+    so that every machine comes to the same classes.
+
+    Parameters
+    ----------
+    layers : list of Layer
+        Where the model's tensors stand in the flat vector.
+    counts : numpy.ndarray, optional
+        int32 ``(m,)``, what :attr:`counts` was; default: nothing has moved.
+
+    Attributes
+    ----------
+    counts : numpy.ndarray
+        int32 ``(m,)``, tensor by tensor how often its rows and then its columns have
+        moved, up to `MOST`. It is never changed in place.
+
+    Raises
+    ------
+    WireError
+        The counts are not of this model, or below 0.
+    """
+
+    def __init__(self, layers: list[Layer], counts: np.ndarray | None = None) -> None:
+        self._tables = list(_tables(layers))
+        size = self._tables[-1].column_counts.stop
+        self.counts = np.zeros(size, np.int32) if counts is None else counts
+        if self.counts.shape != (size,) or self.counts.min() < 0:
+            raise WireError(f"no {size} counts of what has moved")
+        self._classes: Classes | None = None
+
+    @property
+    def classes(self) -> Classes:
+        """Return the classes of coordinates that are expected to move alike."""
+        if self._classes is None:
+            self._classes = Classes.of(self._kinds(), CLASSES)
+        return self._classes
+
+    def _kinds(self) -> np.ndarray:
+        # Each row and column has moved once before the first time: so nothing is ruled
+        # out, and coordinates of small tensors, which do move more, come first.
+        counts = self.counts.astype(np.float64) + 1
+        # The mean of all expected counts: a table's add up to its columns' counts.
+        total = sum(counts[table.column_counts].sum() for table in self._tables)
+        kinds = np.empty(self._tables[-1].span.stop, np.uint8)
+        mean = total / kinds.size
+        for table in self._tables:
+            rows, columns = counts[table.row_counts], counts[table.column_counts]
+            rates = (rows / (rows.sum() * mean)).astype(np.float32)
+            columns = columns.astype(np.float32)
+            matrix = kinds[table.span].reshape(rows.size, columns.size)
+            # Some rows at a time, which fit the cache.
+            height = _BLOCK // columns.size + 1
+            for first in range(0, rows.size, height):
+                block = slice(first, first + height)
+                expected = np.outer(rates[block], columns)
+                powers = np.frexp(expected)[1]
+                matrix[block] = powers.clip(_LOWEST, _HIGHEST) - _LOWEST
+        return kinds
+
+    def note(self, positions: np.ndarray) -> None:
+        """Count what has moved.
+
+        Parameters
+        ----------
+        positions : numpy.ndarray
+            int64 ``(k,)``, the coordinates, rising.
+        """
+        counts = self.counts.astype(np.int64)
+        for table in self._tables:
+            bounds = positions.searchsorted([table.span.start, table.span.stop])
+            inside = positions[slice(*bounds)] - table.span.start
+            rows, columns = np.divmod(inside, table.columns)
+            for part, places in (
+                (table.row_counts, rows),
+                (table.column_counts, columns),
+            ):
+                counts[part] += np.bincount(places, minlength=part.stop - part.start)
+        self.counts = np.minimum(counts, MOST).astype(np.int32)
+        self._classes = None
+
+
+def _tables(layers: list[Layer]) -> Iterator[_Table]:
+    start = 0
+    for span, shape in layers:
+        rows = shape[0] if shape else 1
+        columns = (span.stop - span.start) // rows
+        middle, end = start + rows, start + rows + columns
+        yield _Table(span, columns, slice(start, middle), slice(middle, end))
+        start = end
