@@ -265,8 +265,8 @@ def test_a_page(root: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> 
             "| rounds to 0.6 | × fewer MB to 0.6 |"
         ),
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| `fedavg` | 2 | 0.7500 ± 0.0000 | 7 | 0.00900 | 1.000 | 2 | 1.0 |",
-        "| `gwpf`, 3 \\| 4 | 2 | 0.7500 ± 0.0000 | 3 | 0.00900 | 1.000 | 2 | 1.0 |",
+        "| `fedavg` | 2 | 0.7500 ± 0.0000 | 7 | 0.00900 | 1.000 | 2 ± 0 | 1.0 |",
+        "| `gwpf`, 3 \\| 4 | 2 | 0.7500 ± 0.0000 | 3 | 0.00900 | 1.000 | 2 ± 0 | 1.0 |",
         "",
         "`python benchmarks/study.py small`, seeds 0 to 1, release 1.2.3.",
         "",

@@ -85,6 +85,7 @@ def _summarise(
         for run in group
     ]
     finals = [curve[-1] for curve in curves if curve]
+    bests = [best(curve) for curve in curves if curve]
     last = [run.records[-1] for run in group]
     frozen = [_values(run, "frozen_fraction") for run in group]
     csr = [_values(run, "csr_bytes") for run in group]
@@ -95,7 +96,8 @@ def _summarise(
         "seeds": len(group),
         f"final_{metric}": _mean(finals),
         f"final_{metric}_std": _deviation(finals),
-        f"best_{metric}": _mean(best(curve) for curve in curves if curve),
+        f"best_{metric}": _mean(bests),
+        f"best_{metric}_std": _deviation(bests),
         "total_uplink_bytes": _mean(r.cumulative_uplink_bytes for r in last),
         "total_downlink_bytes": _mean(r.cumulative_downlink_bytes for r in last),
         "total_bytes": _mean(map(traffic, last)),
@@ -114,11 +116,15 @@ def _summarise(
     if target is not None:
         firsts = [first_reaching(run, target) for run in group]
         reached = [record for record in firsts if record is not None]
+        rounds = [record.round for record in reached]
+        spent = [traffic(record) for record in reached]
         row |= {
             "target": target,
             "reached": len(reached),
-            "rounds_to_target": _mean(record.round for record in reached),
-            "bytes_to_target": _mean(map(traffic, reached)),
+            "rounds_to_target": _mean(rounds),
+            "rounds_to_target_std": _deviation(rounds),
+            "bytes_to_target": _mean(spent),
+            "bytes_to_target_std": _deviation(spent),
             "modelled_seconds_to_target": _mean(r.modelled_seconds for r in reached),
         }
     return row

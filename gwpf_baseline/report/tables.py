@@ -101,10 +101,10 @@ def write_cell(row: Row, first: Row, column: str) -> str:
     row, first : dict
         As of `summarise`: the row, and the one that it is compared with.
     column : str
-        ``final accuracy`` or ``final perplexity`` (with its deviation), ``best``,
-        ``reached``, a column of numbers such as ``MB up``, ``to first`` (bytes both
-        ways ÷ the first row's), or ``× fewer`` and a column of numbers, for the first
-        row's ÷ the row's.
+        ``final accuracy`` or ``final perplexity``, ``best``, ``reached``, a column of
+        numbers such as ``MB up``, ``to first`` (bytes both ways ÷ the first row's), or
+        ``× fewer`` and a column of numbers, for the first row's ÷ the row's. What a
+        row has the deviation of is written with it.
 
     Returns
     -------
@@ -119,11 +119,9 @@ def write_cell(row: Row, first: Row, column: str) -> str:
     metric = "perplexity" if "final_perplexity" in row else "accuracy"
     score = _perplexity if metric == "perplexity" else _accuracy
     if column == f"final {metric}":
-        spread = row[f"final_{metric}_std"]
-        mean = score(row[f"final_{metric}"])
-        return mean if spread is None else f"{mean} ± {score(spread)}"
+        return _with_spread(row, f"final_{metric}", score)
     if column == "best":
-        return score(row[f"best_{metric}"])
+        return _with_spread(row, f"best_{metric}", score)
     if column == "reached":
         return f"{row['reached']}/{row['seeds']}"
     if column == "to first":
@@ -131,8 +129,12 @@ def write_cell(row: Row, first: Row, column: str) -> str:
     if column not in _COLUMNS and column.startswith(_FEWER):
         key, _ = _COLUMNS[column.removeprefix(_FEWER)]
         return _factor(_quotient(first, row, key))
-    key, write = _COLUMNS[column]
-    return write(row[key])
+    return _with_spread(row, *_COLUMNS[column])
+
+
+def _with_spread(row: Row, key: str, write: _Write) -> str:
+    spread = row.get(f"{key}_std")
+    return write(row[key]) + (f" ± {write(spread)}" if spread is not None else "")
 
 
 def _quotient(first: Row, row: Row, key: str) -> float | None:
