@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -459,7 +460,7 @@ def column_of(folder: Path, name: str) -> list[float]:
         return [float(row[name]) for row in csv.DictReader(file) if row[name]]
 
 
-def deviation(values: list[float]) -> float | None:
+def deviation(values: Sequence[float]) -> float | None:
     """Return the sample standard deviation, of two values or more."""
     if len(values) < 2:
         return None
@@ -737,10 +738,8 @@ def test_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert all(v is None for k, v in calculated.items() if k not in row)
 
     text = (output / "report.md").read_text(encoding="utf-8")
-    assert (
-        "| `gwpf` | 3 | 0.6167 ± 0.4481 | 0.7167 ± 0.3617 | 0.5400 | 0.00362 | 0.00800 |"
-        in text
-    )
+    accuracies = "0.6167 ± 0.4481 | 0.7167 ± 0.3617"
+    assert f"| `gwpf` | 3 | {accuracies} | 0.5400 | 0.00362 | 0.00800 |" in text
     assert "## To a test accuracy of at least 0.85" in text
     assert "| `gwpf` | 2/3 | 3.5 ± 0.7 | " in text
     assert f"- `gwpf`: `{tmp_path / 'runs' / 'gwpf' / '0'}`" in text
