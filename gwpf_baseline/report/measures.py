@@ -85,7 +85,6 @@ def _summarise(
         for run in group
     ]
     finals = [curve[-1] for curve in curves if curve]
-    bests = [best(curve) for curve in curves if curve]
     last = [run.records[-1] for run in group]
     frozen = [_values(run, "frozen_fraction") for run in group]
     csr = [_values(run, "csr_bytes") for run in group]
@@ -96,8 +95,7 @@ def _summarise(
         "seeds": len(group),
         f"final_{metric}": _mean(finals),
         f"final_{metric}_std": _deviation(finals),
-        f"best_{metric}": _mean(bests),
-        f"best_{metric}_std": _deviation(bests),
+        f"best_{metric}": _mean(best(curve) for curve in curves if curve),
         "total_uplink_bytes": _mean(r.cumulative_uplink_bytes for r in last),
         "total_downlink_bytes": _mean(r.cumulative_downlink_bytes for r in last),
         "total_bytes": _mean(map(traffic, last)),

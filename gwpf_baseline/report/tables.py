@@ -121,7 +121,7 @@ def write_cell(row: Row, first: Row, column: str) -> str:
     if column == f"final {metric}":
         return _with_spread(row, f"final_{metric}", score)
     if column == "best":
-        return _with_spread(row, f"best_{metric}", score)
+        return score(row[f"best_{metric}"])
     if column == "reached":
         return f"{row['reached']}/{row['seeds']}"
     if column == "to first":
