@@ -6,6 +6,7 @@ that fails is named at the end and does not stop the others. The studies are in
 studies/, a file a page; README.md says how they are written.
 
 python benchmarks/study.py apf --jobs 2
+python benchmarks/study.py tasks --table resnet client_resources.num_gpus=1
 """
 
 import argparse
@@ -86,13 +87,18 @@ class Table:
     figures: list[str] = field(default_factory=list)
 
     def jobs(
-        self, common: Mapping[str, Any], output: Path, most: int | None
+        self,
+        common: Mapping[str, Any],
+        given: Mapping[str, str],
+        output: Path,
+        most: int | None,
     ) -> dict[str, list[Job]]:
         """Return each row's runs; rows with the same overrides share theirs."""
         jobs = {}
         for label, own in self.rows.items():
             values = {**common, **self.common, **own}
             seeds = values.pop("seeds", 3)
+            values |= given
             overrides = [f"{key}={text_of(value)}" for key, value in values.items()]
             name = hashlib.sha256("\n".join(sorted(overrides)).encode()).hexdigest()
             jobs[label] = [
@@ -129,6 +135,15 @@ class Study:
             unknown = [figure for figure in table.figures if figure not in FIGURES]
             if unknown:
                 raise ValueError(f"{name} has no figure {unknown[0]}")
+
+    def choose(self, names: Sequence[str] | None) -> None:
+        """Leave out the tables that are not among the names, where there are any."""
+        for name in names or ():
+            if name not in self.tables:
+                known = ", ".join(self.tables)
+                raise StudyError(f"no table {name}, only {known}")
+        if names:
+            self.tables = {name: self.tables[name] for name in names}
 
 
 def read_study(name: str) -> Study:
@@ -230,16 +245,22 @@ def replace_table(text: str, name: str, block: str) -> str:
 
 
 def table_block(
-    study: str, page: Path, name: str, table: Table, jobs: Mapping[str, Sequence[Job]]
+    command: Sequence[str],
+    page: Path,
+    name: str,
+    table: Table,
+    jobs: Mapping[str, Sequence[Job]],
 ) -> str:
     """Write a table from its finished runs, and draw its figures.
 
     Parameters
     ----------
-    study, name : str
-        Names of the study and of the table.
+    command : sequence of str
+        The study's name, and what else its runs were given.
     page : Path
         The page, from which the figures are linked.
+    name : str
+        The table's name.
     table : Table
         The table.
     jobs : mapping of str to sequence of Job
@@ -267,10 +288,10 @@ def table_block(
     metric = runs[0].metric
     if table.target is not None:
         check_target("target", table.target, metric)
-    lines = [_markdown(table, groups), "", _origin(study, jobs)]
+    lines = [_markdown(table, groups), "", _origin(command, jobs)]
     plain = {label.replace("`", ""): group for label, group in groups.items()}
     for figure in table.figures:
-        file = REPOSITORY / _FIGURES / f"{study}_{name}_{figure}.png"
+        file = REPOSITORY / _FIGURES / f"{command[0]}_{name}_{figure}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         if not draw_figure(figure, plain, table.target, file):
             raise StudyError(f"its runs have nothing for the figure {figure}")
@@ -299,10 +320,11 @@ def _markdown(table: Table, groups: Groups) -> str:
     return as_markdown(["", *head], cells)
 
 
-def _origin(study: str, jobs: Mapping[str, Sequence[Job]]) -> str:
+def _origin(command: Sequence[str], jobs: Mapping[str, Sequence[Job]]) -> str:
     counts = sorted({len(row) for row in jobs.values()})
     seeds = " or ".join("seed 0" if n == 1 else f"seeds 0 to {n - 1}" for n in counts)
-    return f"`python benchmarks/study.py {study}`, {seeds}, release {_version()}."
+    line = shlex.join(["python", "benchmarks/study.py", *command])
+    return f"`{line}`, {seeds}, release {_version()}."
 
 
 def _version() -> str:
@@ -325,6 +347,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = _Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("page", help="the name of a file in studies/")
+    parser.add_argument(
+        "overrides", nargs="*", help="of all its runs, such as client_threads=2"
+    )
+    parser.add_argument(
+        "--table", action="append", help="one of its tables, can be repeated (all)"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
     parser.add_argument("--seeds", type=int, help="seeds at most (the study's)")
     parser.add_argument("--output", type=Path, default=Path("outputs/studies"))
@@ -332,11 +360,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     only.add_argument("--dry-run", action="store_true", help="only show commands")
     only.add_argument("--write-only", action="store_true", help="run nothing")
     add_data_option(parser)
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
+    wrong = [override for override in given.overrides if "=" not in override]
+    if wrong:
+        parser.error(f"{wrong[0]}: must be an override, as in client_threads=2")
     if given.jobs < 1 or (given.seeds is not None and given.seeds < 1):
         parser.error("--jobs and --seeds must be at least 1")
     try:
         study = read_study(given.page)
+        study.choose(given.table)
         text = study.page.read_text(encoding="utf-8")
         for name in study.tables:
             replace_table(text, name, "")
@@ -344,8 +376,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"{given.page}: {error}")
     # Numbers of another release are not this one's.
     output = given.output.absolute() / _version()
+    overrides = dict(override.split("=", 1) for override in given.overrides)
     rows = {
-        name: table.jobs(study.common, output, given.seeds)
+        name: table.jobs(study.common, overrides, output, given.seeds)
         for name, table in study.tables.items()
     }
     jobs = {
@@ -360,10 +393,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for job in ordered:
             print(shlex.join(["python", *arguments_of(job)]))
         return
+    command = [given.page, *given.overrides]
     problems = [] if given.write_only else run_all(ordered, given.jobs, given.data)
     for name, table in study.tables.items():
         try:
-            block = table_block(given.page, study.page, name, table, rows[name])
+            block = table_block(command, study.page, name, table, rows[name])
             # Read anew: somebody may have written the page while the runs went on.
             text = study.page.read_text(encoding="utf-8")
             study.page.write_text(replace_table(text, name, block), encoding="utf-8")

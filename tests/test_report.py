@@ -879,7 +879,10 @@ def test_figures_of_many_groups_and_of_single_points(
 
 
 def test_what_it_takes_to_a_target(tmp_path: Path) -> None:
-    """A point for each group that reaches it, a line through a method's intervals."""
+    """A point for each group that reaches it, a line through a method's intervals.
+
+    It is hollow where only some of the group's seeds do.
+    """
     groups = {
         name: [
             read_run(make_run(tmp_path / name / str(seed), *overrides, seed=seed))
@@ -893,6 +896,7 @@ def test_what_it_takes_to_a_target(tmp_path: Path) -> None:
     }
     short = [make_record(1, test_accuracy=0.1)]
     groups["never"] = [read_run(make_run(tmp_path / "never", records=short))]
+    groups["fedavg"][1] = read_run(make_run(tmp_path / "luckless", records=short))
     file = tmp_path / "figure.png"
     seen: dict[str, Figure] = {}
     with mock.patch.object(
@@ -905,6 +909,8 @@ def test_what_it_takes_to_a_target(tmp_path: Path) -> None:
         str(line.get_label()): np.array(line.get_data()) for line in axes.get_lines()
     }
     assert points.keys() == {"every 5", "every 50", "fedavg"}
+    hollow = [line for line in axes.get_lines() if line.get_fillstyle() == "none"]
+    assert [line.get_label() for line in hollow] == ["fedavg"]
     for label, ((rounds,), (size,)) in points.items():
         assert rounds == rows[label]["rounds_to_target"]
         assert size == rows[label]["bytes_to_target"]

@@ -131,7 +131,7 @@ def test_every_study_can_be_run_and_written(
     seen: list[dict[str, Any]] = []
     for table_name, table in read.tables.items():
         text = study.replace_table(text, table_name, "")
-        jobs = table.jobs(read.common, Path(), 1)
+        jobs = table.jobs(read.common, {}, Path(), 1)
         for number, (label, own) in enumerate(table.rows.items()):
             # What another table has, too, is composed once: that is what takes time.
             if number == 0 or own not in seen:
@@ -249,6 +249,43 @@ def test_a_dry_run(
     ]
     assert not runner.overrides
     assert (root / "docs/results/small.md").read_text() == PAGE
+
+
+def test_some_of_its_tables(
+    root: Path, runner: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others are neither run nor written; one that is not there is named."""
+    assert run_study(root, "--table", "second") == 0
+    assert runner.overrides == [["local_steps=7", "method=fedavg", "seed=0"]]
+    page = (root / "docs/results/small.md").read_text(encoding="utf-8")
+    assert "<!-- table first -->\nold\n" in page
+    assert "| the same |" in page
+    assert run_study(root, "--table", "second", "--table", "third") == 2
+    assert capsys.readouterr().err == (
+        "error: small: no table third, only first, second\n"
+    )
+
+
+def test_overrides_of_all_runs(
+    root: Path, runner: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They win, the page says so, and runs without them are not these."""
+    assert run_study(root, "--seeds", "1") == 0
+    runner.overrides.clear()
+    assert run_study(root, "--seeds", "1", "client_threads=2", "local_steps=9") == 0
+    assert all(
+        {"client_threads=2", "local_steps=9"} <= set(overrides)
+        and not {"local_steps=7", "local_steps=3"} & set(overrides)
+        for overrides in runner.overrides
+    )
+    assert len(runner.overrides) == 2
+    page = (root / "docs/results/small.md").read_text(encoding="utf-8")
+    assert "`python benchmarks/study.py small client_threads=2 local_steps=9`, " in page
+    capsys.readouterr()
+    assert run_study(root, "client_threads") == 2
+    assert capsys.readouterr().err == (
+        "error: client_threads: must be an override, as in client_threads=2\n"
+    )
 
 
 # Writing

@@ -228,7 +228,10 @@ def caption(name: str, metric: str) -> str:
         Such as ``"test accuracy over bytes sent so far, both ways"``.
     """
     if name == "to_target":
-        return "bytes and rounds to the target, a line for each method's intervals"
+        return (
+            "bytes and rounds to the target, a line for each method's intervals; "
+            "hollow where not all seeds reach it"
+        )
     if name == "split":
         return "what bytes are spent on, and how many they are, both ways"
     if name in _LAYERS:
@@ -252,7 +255,9 @@ def _draw_to_target(groups: Groups, target: float | None, file: Path) -> bool:
             key = all_but_interval(groups[row["label"]][0])
             curves.setdefault(key, []).append(point)
             colour, marker = _look(number, _MARKERS)
-            axes.plot(*point, marker, color=colour, label=row["label"])
+            # A mean of the lucky ones is not to be read as one of all.
+            fill = "full" if row["reached"] == row["seeds"] else "none"
+            axes.plot(*point, marker, color=colour, fillstyle=fill, label=row["label"])
     lines = [sorted(points) for points in curves.values()]
     axes.add_collection(LineCollection(lines, colors="0.8", zorder=0))
     axes.set_xlabel("rounds to the target")
