@@ -10,6 +10,7 @@ checked.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import constriction
@@ -172,15 +173,16 @@ def encode_positions(
             return encode_bitmap(marked(positions, length))
         code = _encode_gaps(positions, length)
         return _with_lengths(code, length, positions.size)
-    encoder, ones = _stream.queue.RangeEncoder(), []
+    encoder = _stream.queue.RangeEncoder()
     kinds = classes.kinds[positions]
-    for kind, members in enumerate(classes.members):
-        inside = positions[kinds == kind].astype(np.int32)
-        ones.append(inside.size)
-        if 0 < inside.size < members.size:
-            places = np.searchsorted(members, inside)
+    ones = np.bincount(kinds, minlength=len(classes.members))
+    by_class = positions.astype(np.int32)[np.argsort(kinds, kind="stable")]
+    starts = np.cumsum(ones) - ones
+    for start, count, members in zip(starts, ones, classes.members, strict=True):
+        if 0 < count < members.size:
+            places = np.searchsorted(members, by_class[start : start + count])
             encoder.encode(*_gap_symbols(places, members.size))
-    return _with_lengths(encoder.get_compressed(), length, *ones)
+    return _with_lengths(encoder.get_compressed(), length, *ones.tolist())
 
 
 def decode_bitmap(
@@ -378,6 +380,8 @@ def _rarer(ones: int, size: int) -> tuple[bool, int]:
     return (True, ones) if 2 * ones <= size else (False, size - ones)
 
 
+# Whoever plays many clients decodes the same step for each of them.
+@lru_cache(maxsize=32)
 def _gaps(share: float) -> tuple[Any, int]:
     """Return the model of a gap between bits of a given share, and how long it can be.
 
@@ -405,7 +409,9 @@ def _encode_gaps(positions: np.ndarray, size: int) -> np.ndarray:
 def _gap_symbols(positions: np.ndarray, size: int) -> tuple[np.ndarray, Any]:
     """Return the symbols of the gaps before so many positions, and their model."""
     model, longest = _gaps(positions.size / size)
-    pieces, rest = np.divmod(np.diff(positions, prepend=-1) - 1, longest)
+    gaps = positions.copy()
+    gaps[1:] -= positions[:-1] + 1
+    pieces, rest = np.divmod(gaps, longest)
     ends = np.cumsum(pieces + 1) - 1
     symbols = np.full(ends[-1] + 1, longest, np.int32)
     symbols[ends] = rest

@@ -32,6 +32,8 @@ class FlatModel:
     vector : torch.nn.Parameter
         Trainable parameters, float32 ``(d,)`` in ``named_parameters()`` order; its
         ``grad`` is the flat gradient.
+    layers : list of Layer
+        Where the model's tensors stand in it.
     """
 
     def __init__(self, model: nn.Module, device: torch.device | str = "cpu") -> None:
@@ -47,6 +49,7 @@ class FlatModel:
             parameter.data = flat[offset:end].view_as(parameter)
             parameter.grad = self.vector.grad[offset:end].view_as(parameter)
             offset = end
+        self.layers = layers(self.module)
         # The vector must alias what the layers see: nn.Parameter keeps the storage.
         assert self.vector.data_ptr() == flat.data_ptr()
 

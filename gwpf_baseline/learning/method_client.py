@@ -18,7 +18,6 @@ from gwpf_baseline.exchange.quantization import Quantization
 from gwpf_baseline.learning.flat_model import (
     FlatModel,
     Layer,
-    layers,
     values_per_layer,
 )
 from gwpf_baseline.learning.state import ClientState
@@ -272,7 +271,7 @@ class MethodClient(ABC):
     @property
     def layers(self) -> list[Layer]:
         """Return where the model's tensors stand in the flat vector."""
-        return layers(self.model.module)
+        return self.model.layers
 
     def train(
         self,

@@ -9,7 +9,9 @@ coordinates are divided into classes, and in each of them positions are coded by
 share that it turns out to have.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -63,41 +65,17 @@ class Activity:
     """
 
     def __init__(self, layers: list[Layer], counts: np.ndarray | None = None) -> None:
-        self._tables = list(_tables(layers))
+        self._shapes = tuple(shape for _, shape in layers)
+        self._tables = list(_tables(self._shapes))
         size = self._tables[-1].column_counts.stop
         self.counts = np.zeros(size, np.int32) if counts is None else counts
         if self.counts.shape != (size,) or self.counts.min() < 0:
             raise WireError(f"no {size} counts of what has moved")
-        self._classes: Classes | None = None
 
     @property
     def classes(self) -> Classes:
         """Return the classes of coordinates that are expected to move alike."""
-        if self._classes is None:
-            self._classes = Classes.of(self._kinds(), CLASSES)
-        return self._classes
-
-    def _kinds(self) -> np.ndarray:
-        # Each row and column has moved once before the first time: so nothing is ruled
-        # out, and coordinates of small tensors, which do move more, come first.
-        counts = self.counts.astype(np.float64) + 1
-        # The mean of all expected counts: a table's add up to its columns' counts.
-        total = sum(counts[table.column_counts].sum() for table in self._tables)
-        kinds = np.empty(self._tables[-1].span.stop, np.uint8)
-        mean = total / kinds.size
-        for table in self._tables:
-            rows, columns = counts[table.row_counts], counts[table.column_counts]
-            rates = (rows / (rows.sum() * mean)).astype(np.float32)
-            columns = columns.astype(np.float32)
-            matrix = kinds[table.span].reshape(rows.size, columns.size)
-            # Some rows at a time, which fit the cache.
-            height = _BLOCK // columns.size + 1
-            for first in range(0, rows.size, height):
-                block = slice(first, first + height)
-                expected = np.outer(rates[block], columns)
-                powers = np.frexp(expected)[1]
-                matrix[block] = powers.clip(_LOWEST, _HIGHEST) - _LOWEST
-        return kinds
+        return _classes(self._shapes, self.counts.tobytes())
 
     def note(self, positions: np.ndarray) -> None:
         """Count what has moved.
@@ -118,14 +96,47 @@ class Activity:
             ):
                 counts[part] += np.bincount(places, minlength=part.stop - part.start)
         self.counts = np.minimum(counts, MOST).astype(np.int32)
-        self._classes = None
 
 
-def _tables(layers: list[Layer]) -> Iterator[_Table]:
-    start = 0
-    for span, shape in layers:
+# Those before a step and after it: all clients of a process use both in turn, and one
+# that is alone answers by what its next message is coded by.
+@lru_cache(maxsize=2)
+def _classes(shapes: tuple[tuple[int, ...], ...], counts: bytes) -> Classes:
+    """Return the classes by the counts of int32 that these bytes are."""
+    tables = list(_tables(shapes))
+    return Classes.of(_kinds(tables, np.frombuffer(counts, np.int32)), CLASSES)
+
+
+def _kinds(tables: Sequence[_Table], moved: np.ndarray) -> np.ndarray:
+    # Each row and column has moved once before the first time: so nothing is ruled
+    # out, and coordinates of small tensors, which do move more, come first.
+    counts = moved.astype(np.float64) + 1
+    # The mean of all expected counts: a table's add up to its columns' counts.
+    total = sum(counts[table.column_counts].sum() for table in tables)
+    kinds = np.empty(tables[-1].span.stop, np.uint8)
+    mean = total / kinds.size
+    for table in tables:
+        rows, columns = counts[table.row_counts], counts[table.column_counts]
+        rates = (rows / (rows.sum() * mean)).astype(np.float32)
+        columns = columns.astype(np.float32)
+        matrix = kinds[table.span].reshape(rows.size, columns.size)
+        # Some rows at a time, which fit the cache.
+        height = _BLOCK // columns.size + 1
+        for first in range(0, rows.size, height):
+            block = slice(first, first + height)
+            expected = np.outer(rates[block], columns)
+            powers = np.frexp(expected)[1]
+            matrix[block] = powers.clip(_LOWEST, _HIGHEST) - _LOWEST
+    return kinds
+
+
+def _tables(shapes: Sequence[tuple[int, ...]]) -> Iterator[_Table]:
+    place = start = 0
+    for shape in shapes:
+        size = math.prod(shape)
         rows = shape[0] if shape else 1
-        columns = (span.stop - span.start) // rows
+        columns = size // rows
         middle, end = start + rows, start + rows + columns
+        span = slice(place, place + size)
         yield _Table(span, columns, slice(start, middle), slice(middle, end))
-        start = end
+        place, start = span.stop, end
