@@ -5,8 +5,7 @@ and within a run at its newest checkpoint, if it writes any (checkpoint_every). 
 that fails is named at the end and does not stop the others. The studies are in
 studies/, a file a page; README.md says how they are written.
 
-python benchmarks/study.py apf --jobs 2
-python benchmarks/study.py tasks --table resnet client_resources.num_gpus=1
+python benchmarks/study.py tasks --table resnet --jobs 2
 """
 
 import argparse

@@ -24,6 +24,7 @@ SCRIPTS = {
 }
 # Those that train need MNIST or CIFAR-10.
 ON_DATA = {
+    "drift.py": (["--rounds=2"], "Between two clients, after the last round"),
     "gpu.py": (
         ["--model=lenet5", *SMALL, "--parallel=1"],
         "A round of lenet5 on",

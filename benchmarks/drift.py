@@ -1,0 +1,175 @@
+"""How values that are no longer synchronised come apart on two clients.
+
+APF's strawman partial_sync (Chen et al., ICDCS 2021, figure 4): LeNet-5 on CIFAR-10,
+two clients of five classes each. What has become stable leaves synchronisation, is
+trained on by each client for itself, and never comes back.
+"""
+
+import logging
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+from _common import add_data_option, parser, show
+from flwr.common import FitIns, FitRes
+from matplotlib.figure import Figure
+
+from gwpf_baseline.config import checked, compose_config
+from gwpf_baseline.learning.flat_model import Layer
+from gwpf_baseline.local import LocalFederation, LocalNode, federation
+from gwpf_baseline.methods.apf import APFStrategy
+from gwpf_baseline.records.plots import label_rounds
+
+SHOWN = 2
+
+
+class WatchedNode(LocalNode):
+    """A node that keeps what its client's model is after each round's training."""
+
+    models: list[np.ndarray]
+
+    def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
+        """Let the client answer, and look at the model that it has trained."""
+        answer = super().fit(ins, timeout, group_id)
+        # A process has one model, which is this client's until the next one's turn.
+        vector = self.build(self.context).model.vector
+        self.models.append(vector.detach().numpy().copy())
+        return answer
+
+
+def main() -> None:
+    """Train, print how far the clients are apart, and draw two parameters."""
+    logging.disable(logging.CRITICAL)
+    arguments = parser(__doc__, rounds=120, seed=0)
+    arguments.add_argument("--figure", type=Path, help="where to draw two parameters")
+    add_data_option(arguments)
+    options = arguments.parse_args()
+    models, masks, layers = play(options)
+    apart = np.abs(models[0] - models[1])
+    left = first_false(masks)
+    rows = [
+        describe("in synchronisation", left == len(masks), apart),
+        *(
+            describe(f"out since round {a + 1} to {b}", (a <= left) & (left < b), apart)
+            for a, b in thirds(len(masks))
+        ),
+    ]
+    columns = ("values", "of all", "mean distance", "median distance")
+    show("Between two clients, after the last round", columns, rows, options)
+    if options.figure:
+        draw(models, left, layers, options)
+
+
+def play(options: Namespace) -> tuple[np.ndarray, np.ndarray, list[Layer]]:
+    """Train two clients with partial_sync.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        The parameters.
+
+    Returns
+    -------
+    models : numpy.ndarray
+        float32 ``(2, rounds, d)``, each client's after each round's training.
+    masks : numpy.ndarray
+        bool ``(rounds, d)``, what was synchronised in each round.
+    layers : list of Layer
+        The model's.
+    """
+    cfg = checked(
+        compose_config(
+            [
+                "experiment=apf_lenet5-small",
+                "method=partial_sync",
+                "method.check_every=1",
+                "method.threshold=0.1",
+                "num_clients=2",
+                "partition=pathological",
+                "partition.classes_per_client=5",
+                f"dataset.path={options.data / 'cifar10'}",
+                f"num_rounds={options.rounds}",
+                f"seed={options.seed}",
+            ]
+        )
+    )
+    built = federation(cfg)
+    strategy = built.strategy
+    assert isinstance(strategy, APFStrategy)
+    nodes = [WatchedNode(node.partition, node.build) for node in built.nodes]
+    for node in nodes:
+        node.models = []
+    played = LocalFederation(strategy, nodes)
+    masks = []
+    for _ in range(options.rounds):
+        played.play()
+        masks.append(strategy.mask.copy())
+    return np.array([node.models for node in nodes]), np.array(masks), strategy.layers
+
+
+def first_false(masks: np.ndarray) -> np.ndarray:
+    """Return the first row that is false in each column; their number if none is."""
+    return np.where(masks.all(axis=0), len(masks), masks.argmin(axis=0))
+
+
+def thirds(rounds: int) -> list[tuple[int, int]]:
+    """Divide the rounds."""
+    bounds = [rounds * part // 3 for part in range(4)]
+    return list(zip(bounds, bounds[1:], strict=False))
+
+
+def describe(
+    label: str, chosen: np.ndarray, apart: np.ndarray
+) -> tuple[str, str, float, float]:
+    """Return a row: how far the clients are apart in some of the coordinates."""
+    last = apart[-1, chosen]
+    share = f"{chosen.mean():.1%}"
+    if not last.size:
+        return label, share, float("nan"), float("nan")
+    return label, share, float(last.mean()), float(np.median(last))
+
+
+def draw(
+    models: np.ndarray, left: np.ndarray, layers: list[Layer], options: Namespace
+) -> None:
+    """Draw two parameters that left synchronisation in the second quarter.
+
+    Parameters
+    ----------
+    models : numpy.ndarray
+        As of :func:`play`.
+    left : numpy.ndarray
+        int64 ``(d,)``, the round before which each left, from 0.
+    layers : list of Layer
+        The model's.
+    options : argparse.Namespace
+        The parameters; the two are drawn by its seed.
+    """
+    rounds = options.rounds
+    early = np.flatnonzero((left >= rounds // 4) & (left < rounds // 2))
+    if early.size < SHOWN:
+        raise SystemExit(f"fewer than {SHOWN} parameters leave by round {rounds // 2}")
+    shown = np.sort(np.random.default_rng(options.seed).choice(early, SHOWN, False))
+    figure = Figure((7, 2.8), layout="constrained")
+    for axes, place in zip(figure.subplots(1, SHOWN), shown, strict=True):
+        for client, values in enumerate(models[:, :, place]):
+            axes.plot(range(1, rounds + 1), values, label=f"client {client + 1}")
+        axes.axvline(
+            left[place] + 0.5,
+            color="0.6",
+            linestyle=":",
+            label="leaves synchronisation",
+        )
+        number = next(n for n, (span, _) in enumerate(layers) if place < span.stop)
+        axes.set_title(f"a value of tensor {number + 1} of {len(layers)}", fontsize=10)
+        label_rounds(axes)
+    figure.supylabel("value after the client's training", fontsize=10)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9
+    )
+    figure.savefig(options.figure, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
