@@ -1,6 +1,7 @@
 """A model as one flat vector of trainable parameters, and its buffers as another."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,10 @@ import torch
 from torch import nn
 
 from gwpf_baseline.utils import FloatVector
+
+# On a GPU an LSTM's weights would have to stand in cuDNN's own order for it not to copy
+# them, which takes next to nothing; it says so over and over.
+warnings.filterwarnings("ignore", "RNN module weights are not part of single contig")
 
 
 class FlatModel:
