@@ -7,6 +7,7 @@ trained on by each client for itself, and never comes back.
 
 import logging
 from argparse import Namespace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -44,16 +45,13 @@ def main() -> None:
     arguments.add_argument("--figure", type=Path, help="where to draw two parameters")
     add_data_option(arguments)
     options = arguments.parse_args()
-    models, masks, layers = play(options)
-    apart = np.abs(models[0] - models[1])
-    left = first_false(masks)
-    rows = [
-        describe("in synchronisation", left == len(masks), apart),
-        *(
-            describe(f"out since round {a + 1} to {b}", (a <= left) & (left < b), apart)
-            for a, b in thirds(len(masks))
-        ),
-    ]
+    models, left, layers = play(options)
+    apart = np.abs(models[0, -1] - models[1, -1])
+    bounds = [options.rounds * part // 3 for part in range(4)]
+    rows = [describe("in synchronisation", apart[left == options.rounds], apart.size)]
+    for a, b in pairwise(bounds):
+        out = apart[(a <= left) & (left < b)]
+        rows.append(describe(f"out since round {a + 1} to {b}", out, apart.size))
     columns = ("values", "of all", "mean distance", "median distance")
     show("Between two clients, after the last round", columns, rows, options)
     if options.figure:
@@ -72,8 +70,8 @@ def play(options: Namespace) -> tuple[np.ndarray, np.ndarray, list[Layer]]:
     -------
     models : numpy.ndarray
         float32 ``(2, rounds, d)``, each client's after each round's training.
-    masks : numpy.ndarray
-        bool ``(rounds, d)``, what was synchronised in each round.
+    left : numpy.ndarray
+        int64 ``(d,)``, for how many rounds each coordinate was synchronised.
     layers : list of Layer
         The model's.
     """
@@ -100,33 +98,22 @@ def play(options: Namespace) -> tuple[np.ndarray, np.ndarray, list[Layer]]:
     for node in nodes:
         node.models = []
     played = LocalFederation(strategy, nodes)
-    masks = []
+    # What has left does not come back.
+    left = np.zeros(strategy.dimension, np.int64)
     for _ in range(options.rounds):
         played.play()
-        masks.append(strategy.mask.copy())
-    return np.array([node.models for node in nodes]), np.array(masks), strategy.layers
-
-
-def first_false(masks: np.ndarray) -> np.ndarray:
-    """Return the first row that is false in each column; their number if none is."""
-    return np.where(masks.all(axis=0), len(masks), masks.argmin(axis=0))
-
-
-def thirds(rounds: int) -> list[tuple[int, int]]:
-    """Divide the rounds."""
-    bounds = [rounds * part // 3 for part in range(4)]
-    return list(zip(bounds, bounds[1:], strict=False))
+        left += strategy.mask
+    return np.array([node.models for node in nodes]), left, strategy.layers
 
 
 def describe(
-    label: str, chosen: np.ndarray, apart: np.ndarray
+    label: str, apart: np.ndarray, total: int
 ) -> tuple[str, str, float, float]:
-    """Return a row: how far the clients are apart in some of the coordinates."""
-    last = apart[-1, chosen]
-    share = f"{chosen.mean():.1%}"
-    if not last.size:
+    """Return a row: how far the clients are apart in some of all coordinates."""
+    share = f"{apart.size / total:.1%}"
+    if not apart.size:
         return label, share, float("nan"), float("nan")
-    return label, share, float(last.mean()), float(np.median(last))
+    return label, share, float(apart.mean()), float(np.median(apart))
 
 
 def draw(
@@ -136,12 +123,8 @@ def draw(
 
     Parameters
     ----------
-    models : numpy.ndarray
+    models, left, layers : object
         As of :func:`play`.
-    left : numpy.ndarray
-        int64 ``(d,)``, the round before which each left, from 0.
-    layers : list of Layer
-        The model's.
     options : argparse.Namespace
         The parameters; the two are drawn by its seed.
     """
