@@ -195,6 +195,8 @@ class Pool:
     def _has_begun(self, worker: Any, begun: "Future[Any]") -> None:
         error = begun.exception()
         with self._lock:
+            if worker not in self.workers:
+                return  # It was ended before it had begun.
             if error is None:
                 self._load[worker] = 0
             else:

@@ -115,6 +115,20 @@ def test_who_is_not_waited_for_for_ever_does_not_wait_behind_another_client(
     assert asking.answered("a") == ["a", "a", "b"]
 
 
+def test_a_worker_that_was_ended_before_it_had_begun_gets_no_message(
+    asking: Asking,
+) -> None:
+    """Whether it just had, or has failed, as it was killed."""
+    over: Future[Any] = Future()
+    over.set_result(None)
+    failed: Future[Any] = Future()
+    failed.set_exception(RuntimeError("killed"))
+    for begun in (over, failed):
+        asking.pool._has_begun("ended", begun)
+    assert asking.pool.workers == ["a", "b"]
+    assert asking.ask("ended", 1) == []
+
+
 def test_a_worker_that_dies_costs_a_round_of_what_it_held(tmp_path: Path) -> None:
     """Its clients fail once, say that they are lost, and are played by another one."""
     process = start(*SMALL, *LONG, f"hydra.run.dir={tmp_path}")
