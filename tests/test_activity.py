@@ -64,7 +64,7 @@ def test_classes_are_powers_of_two_of_expected_counts(moved: list[set[int]]) -> 
     reference = slow_kinds(steps)
     assert len(kinds) == len(reference)
     assert all(kind in allowed for kind, allowed in zip(kinds, reference, strict=True))
-    assert len(activity.classes.members) == CLASSES
+    assert len(activity.classes.sizes) == CLASSES
     again = Activity(LAYERS, activity.counts)
     assert_array_equal(again.classes.kinds, kinds)
 

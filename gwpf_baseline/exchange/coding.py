@@ -42,19 +42,49 @@ class Classes(NamedTuple):
     ----------
     kinds : numpy.ndarray
         uint8 ``(n,)``, the class of each place.
-    members : list of numpy.ndarray
-        int32, the places of each class, rising.
+    order : numpy.ndarray
+        int32 ``(n,)``, the places of one class after the other, rising in each.
+    sizes : list of int
+        How many places each class has.
     """
 
     kinds: np.ndarray
-    members: list[np.ndarray]
+    order: np.ndarray
+    sizes: list[int]
 
     @classmethod
     def of(cls, kinds: np.ndarray, count: int) -> "Classes":
         """Divide places by their kinds, uint8 ``(n,)`` with values below `count`."""
         # Faster than to sort, for the few classes that there are.
         members = [np.flatnonzero(kinds == kind) for kind in range(count)]
-        return cls(kinds, [places.astype(np.int32) for places in members])
+        order = np.concatenate(members, dtype=np.int32, casting="same_kind")
+        return cls(kinds, order, [places.size for places in members])
+
+    def ranks(self, places: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        """Return where in `order` some places are, and how many are of each class.
+
+        Parameters
+        ----------
+        places : numpy.ndarray
+            int64 ``(k,)``, rising.
+
+        Returns
+        -------
+        ranks : numpy.ndarray
+            int32 ``(k,)``, rising.
+        ones : list of int
+            The classes' counts.
+        """
+        kinds = self.kinds[places]
+        ones = np.bincount(kinds, minlength=len(self.sizes)).tolist()
+        ranks = places.astype(np.int32)[np.argsort(kinds, kind="stable")]
+        start = first = 0
+        for size, one in zip(self.sizes, ones, strict=True):
+            sought = ranks[first : first + one]
+            sought[:] = self.order[start : start + size].searchsorted(sought)
+            sought += start
+            start, first = start + size, first + one
+        return ranks, ones
 
 
 def encode_number(number: int) -> bytes:
@@ -134,7 +164,8 @@ def encode_bitmap(bits: BoolVector, expected: np.ndarray | None = None) -> bytes
     ones = int(np.count_nonzero(bits))
     rarer, count = _rarer(ones, bits.size)
     if expected is None and count <= _RARE * bits.size:
-        code = _encode_gaps(np.flatnonzero(bits if rarer else ~bits), bits.size)
+        places = np.flatnonzero(bits if rarer else ~bits).astype(np.int32)
+        code = _encode_gaps(places, [count], [bits.size])
     elif 0 < ones < bits.size:
         encoder = _stream.queue.RangeEncoder()
         model = _bernoulli(ones, bits.size, expected)
@@ -168,21 +199,15 @@ def encode_positions(
         gaps between them within each: within a few bytes of the sum of the classes'
         entropies.
     """
-    if classes is None:
-        if positions.size > _RARE * length:
-            return encode_bitmap(marked(positions, length))
-        code = _encode_gaps(positions, length)
-        return _with_lengths(code, length, positions.size)
-    encoder = _stream.queue.RangeEncoder()
-    kinds = classes.kinds[positions]
-    ones = np.bincount(kinds, minlength=len(classes.members))
-    by_class = positions.astype(np.int32)[np.argsort(kinds, kind="stable")]
-    starts = np.cumsum(ones) - ones
-    for start, count, members in zip(starts, ones, classes.members, strict=True):
-        if 0 < count < members.size:
-            places = np.searchsorted(members, by_class[start : start + count])
-            encoder.encode(*_gap_symbols(places, members.size))
-    return _with_lengths(encoder.get_compressed(), length, *ones.tolist())
+    if classes is not None:
+        ranks, ones = classes.ranks(positions)
+        code = _encode_gaps(ranks, ones, classes.sizes)
+    elif positions.size > _RARE * length:
+        return encode_bitmap(marked(positions, length))
+    else:
+        ones = [positions.size]
+        code = _encode_gaps(positions.astype(np.int32), ones, [length])
+    return _with_lengths(code, length, *ones)
 
 
 def decode_bitmap(
@@ -219,7 +244,7 @@ def decode_bitmap(
     rarer, count = _rarer(ones, length)
     with _checking(decoder):
         if expected is None and count <= _RARE * length:
-            bits = marked(_decode_gaps(decoder, count, length), length)
+            bits = marked(_decode_gaps(decoder, [count], [length]), length)
             if not rarer:
                 np.logical_not(bits, out=bits)
         else:
@@ -258,14 +283,15 @@ def decode_positions(
     WireError
         As of :func:`decode_bitmap`.
     """
-    sizes = [length] if classes is None else [m.size for m in classes.members]
+    sizes = [length] if classes is None else classes.sizes
     ones, decoder, end = _open(frame, offset, sizes)
     if classes is None and (decoder is None or ones[0] > _RARE * length):
         return np.flatnonzero(decode_bitmap(frame, offset, length)[0]), end
     with _checking(decoder):
-        if classes is None:
-            return _decode_gaps(decoder, ones[0], length), end
-        return _decode_by_class(decoder, ones, classes), end
+        places = _decode_gaps(decoder, ones, sizes)
+    if classes is None:
+        return places, end
+    return np.sort(classes.order[places]).astype(np.int64), end
 
 
 def skip_positions(
@@ -298,16 +324,6 @@ def skip_positions(
     """
     ones, words, offset = _read_lengths(frame, offset, length, classes)
     return sum(ones), offset + 4 * words
-
-
-def _decode_by_class(decoder: Any, ones: list[int], classes: Classes) -> np.ndarray:
-    """Decode the ones of one class after the other, and put them in order."""
-    found = []
-    for count, members in zip(ones, classes.members, strict=True):
-        if 0 < count < members.size:
-            members = members[_decode_gaps(decoder, count, members.size)]
-        found.append(members if count else members[:0])
-    return np.sort(np.concatenate(found)).astype(np.int64)
 
 
 def _with_lengths(code: np.ndarray, *lengths: int) -> bytes:
@@ -397,40 +413,82 @@ def _gaps(share: float) -> tuple[Any, int]:
     return _stream.model.Categorical(probabilities, perfect=False), longest
 
 
-def _encode_gaps(positions: np.ndarray, size: int) -> np.ndarray:
-    """Code the gaps before each of so many positions."""
-    if not positions.size:
-        return _NOTHING
-    encoder = _stream.queue.RangeEncoder()
-    encoder.encode(*_gap_symbols(positions, size))
+def _model(count: int, size: int) -> tuple[Any, int]:
+    """Return :func:`_gaps` of a class, and no model where all of its bits are equal."""
+    return (None, 1) if count in (0, size) else _gaps(count / size)
+
+
+def _encode_gaps(
+    places: np.ndarray, ones: Sequence[int], sizes: Sequence[int]
+) -> np.ndarray:
+    """Code the gaps before the ones of a bitmap, by the share that each class has.
+
+    Parameters
+    ----------
+    places : numpy.ndarray
+        int32 ``(k,)``, rising, where they are: the classes stand one after the other.
+    ones : sequence of int
+        How many of them each class has.
+    sizes : sequence of int
+        How many places each class has.
+    """
+    models, longest = zip(*map(_model, ones, sizes), strict=True)
+    ends, starts = np.cumsum(ones), np.cumsum(sizes) - sizes
+    gaps = places.copy()
+    gaps[1:] -= places[:-1] + 1
+    # The first gap of a class begins with the class.
+    some = np.flatnonzero(ones)
+    firsts = ends[some] - np.take(ones, some)
+    gaps[firsts] = places[firsts] - starts[some]
+    limits = np.repeat(np.array(longest, np.int32), ones)
+    pieces, rest = np.divmod(gaps, limits)
+    pieces += 1
+    stops = np.cumsum(pieces)
+    symbols = np.repeat(limits, pieces)
+    symbols[stops - 1] = rest
+    encoder, first = _stream.queue.RangeEncoder(), 0
+    for model, last in zip(models, np.concatenate([[0], stops])[ends], strict=True):
+        if model is not None:
+            encoder.encode(symbols[first:last], model)
+        first = last
     return encoder.get_compressed()
 
 
-def _gap_symbols(positions: np.ndarray, size: int) -> tuple[np.ndarray, Any]:
-    """Return the symbols of the gaps before so many positions, and their model."""
-    model, longest = _gaps(positions.size / size)
-    gaps = positions.copy()
-    gaps[1:] -= positions[:-1] + 1
-    pieces, rest = np.divmod(gaps, longest)
-    ends = np.cumsum(pieces + 1) - 1
-    symbols = np.full(ends[-1] + 1, longest, np.int32)
-    symbols[ends] = rest
-    return symbols, model
+def _decode_gaps(decoder: Any, ones: Sequence[int], sizes: Sequence[int]) -> np.ndarray:
+    """Undo :func:`_encode_gaps`."""
+    models, longest = zip(*map(_model, ones, sizes), strict=True)
+    # Of what is full, all gaps are 0.
+    parts = [
+        (
+            np.zeros(count, np.int32)
+            if model is None
+            else _decode_symbols(decoder, model, count, count + size // most, most)
+        )
+        for model, most, count, size in zip(models, longest, ones, sizes, strict=True)
+    ]
+    lengths, symbols = [part.size for part in parts], np.concatenate(parts)
+    ends = symbols < np.repeat(np.array(longest, np.int32), lengths)
+    passed = np.cumsum(symbols + ends, dtype=np.int64)
+    bounds = np.concatenate([[0], passed])[np.cumsum([0, *lengths])]
+    if (np.diff(bounds) > sizes).any():
+        raise WireError("a bitmap's code goes beyond its end")
+    # What a class has after its last one is not passed.
+    skipped = np.cumsum(sizes) - sizes - bounds[:-1]
+    return passed[ends] - 1 + np.repeat(skipped, ones)
 
 
-def _decode_gaps(decoder: Any, count: int, size: int) -> np.ndarray:
-    """Decode the gaps before so many positions, and return these."""
-    model, longest = _gaps(count / size)
-    parts, found, passed = [], 0, 0
-    while found < count:
-        # At least as many symbols follow as positions are left.
-        symbols = decoder.decode(model, count - found)
-        ends = symbols < longest
-        found += int(np.count_nonzero(ends))
-        places = passed + np.cumsum(symbols + ends, dtype=np.int64)
-        passed = int(places[-1])
-        # Also so that no code makes this go on for ever.
-        if passed > size:
+def _decode_symbols(
+    decoder: Any, model: Any, count: int, room: int, longest: int
+) -> np.ndarray:
+    """Decode the symbols of so many gaps, which are at most so many."""
+    parts = []
+    while count:
+        # At least as many symbols follow as gaps are left.
+        symbols = decoder.decode(model, count)
+        parts.append(symbols)
+        count -= int(np.count_nonzero(symbols < longest))
+        room -= symbols.size
+        # So that no code makes this go on for ever.
+        if room < 0:
             raise WireError("a bitmap's code goes beyond its end")
-        parts.append(places[ends] - 1)
     return np.concatenate(parts)

@@ -36,11 +36,7 @@ from gwpf_baseline.exchange.payload import (
     to_parameters,
     vector_checksum,
 )
-from gwpf_baseline.learning.flat_model import (
-    FlatModel,
-    buffers_to_vector,
-    sent_buffers,
-)
+from gwpf_baseline.learning.flat_model import FlatModel
 from gwpf_baseline.learning.method_client import (
     DivergedError,
     LostState,
@@ -178,7 +174,7 @@ class SyncClient(MethodClient, NumPyClient):
         if writer.kind is Kind.UPDATE:
             state.uploaded = task.header.exchange
             if loss is not None:
-                buffers = buffers_to_vector(self.model.module)
+                buffers = self.model.buffer_vector()
                 writer.vector(buffers.numpy(), Part.BUFFERS)
         state.save(self.context)
         metrics["compute_seconds"] = time.perf_counter() - started
@@ -219,7 +215,7 @@ class SyncClient(MethodClient, NumPyClient):
         mask = reader.bitmap(size) if header.with_mask else None
         buffers = None
         if not header.follow_up:
-            numel = sum(b.numel() for b in sent_buffers(self.model.module))
+            numel = sum(b.numel() for b in self.model.buffers)
             buffers = torch.from_numpy(reader.vector(numel, part=Part.BUFFERS).copy())
         reader.finish()
         if not header.with_mask:

@@ -39,6 +39,8 @@ class FlatModel:
         ``grad`` is the flat gradient.
     layers : list of Layer
         Where the model's tensors stand in it.
+    buffers : list of torch.Tensor
+        The buffers that are exchanged, as :func:`sent_buffers` gives them.
     """
 
     def __init__(self, model: nn.Module, device: torch.device | str = "cpu") -> None:
@@ -55,6 +57,8 @@ class FlatModel:
             parameter.grad = self.vector.grad[offset:end].view_as(parameter)
             offset = end
         self.layers = layers(self.module)
+        # A model is asked for them in every round, and walks through itself each time.
+        self.buffers = sent_buffers(self.module)
         # The vector must alias what the layers see: nn.Parameter keeps the storage.
         assert self.vector.data_ptr() == flat.data_ptr()
 
@@ -70,7 +74,7 @@ class FlatModel:
 
     def is_finite(self) -> bool:
         """Tell whether all parameters and buffers are finite."""
-        tensors = [self.vector.detach(), *sent_buffers(self.module)]
+        tensors = [self.vector.detach(), *self.buffers]
         # A sum in float64 is finite exactly if every value is: no mask. One in float32,
         # which is 30 times faster, may be infinite where no value is.
         return all(
@@ -90,7 +94,11 @@ class FlatModel:
             float32 ``(b,)`` on any device, as :func:`buffers_to_vector` gives it.
         """
         self.vector.copy_(weights)
-        vector_to_buffers(self.module, buffers)
+        _fill(self.buffers, buffers)
+
+    def buffer_vector(self) -> torch.Tensor:
+        """Return the buffers as :func:`buffers_to_vector` does."""
+        return _joined(self.buffers)
 
 
 class Layer(NamedTuple):
@@ -211,12 +219,14 @@ def buffers_to_vector(model: nn.Module) -> torch.Tensor:
         float32 ``(b,)`` on the CPU in the order of :func:`sent_buffers`, empty if
         there are none. Counters are exact up to 2**24.
     """
-    buffers = sent_buffers(model)
+    return _joined(sent_buffers(model))
+
+
+def _joined(buffers: list[torch.Tensor]) -> torch.Tensor:
     parts = [b.detach().to("cpu", torch.float32).reshape(-1) for b in buffers]
     return torch.cat(parts) if parts else torch.zeros(0)
 
 
-@torch.no_grad()
 def vector_to_buffers(model: nn.Module, vector: torch.Tensor) -> None:
     """Write a vector of :func:`buffers_to_vector` back, rounding integer buffers.
 
@@ -227,8 +237,13 @@ def vector_to_buffers(model: nn.Module, vector: torch.Tensor) -> None:
     vector : torch.Tensor
         float32 ``(b,)``.
     """
+    _fill(sent_buffers(model), vector)
+
+
+@torch.no_grad()
+def _fill(buffers: list[torch.Tensor], vector: torch.Tensor) -> None:
     offset = 0
-    for buffer in sent_buffers(model):
+    for buffer in buffers:
         part = vector[offset : offset + buffer.numel()].view_as(buffer)
         buffer.copy_(part if buffer.is_floating_point() else part.round())
         offset += buffer.numel()

@@ -10,7 +10,6 @@ share that it turns out to have.
 """
 
 import math
-from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -30,13 +29,23 @@ CLASSES = _HIGHEST - _LOWEST + 1
 _BLOCK = 2**15
 
 
-class _Table(NamedTuple):
-    """A tensor as a matrix: its coordinates, and where its counts stand."""
+class _Tables(NamedTuple):
+    """Where a model's tensors stand as matrices, and their counts.
 
-    span: slice
-    columns: int
-    row_counts: slice
-    column_counts: slice
+    Parameters
+    ----------
+    coordinates : numpy.ndarray
+        int64 ``(t + 1,)``, where each begins in the flat vector, and the end.
+    columns : numpy.ndarray
+        int64 ``(t,)``, how many each has.
+    counts : numpy.ndarray
+        int64 ``(2 t + 1,)``, where the counts of the first one's rows begin, those of
+        its columns, those of the second one's rows, and so on, and the end.
+    """
+
+    coordinates: np.ndarray
+    columns: np.ndarray
+    counts: np.ndarray
 
 
 class Activity:
@@ -66,8 +75,7 @@ class Activity:
 
     def __init__(self, layers: list[Layer], counts: np.ndarray | None = None) -> None:
         self._shapes = tuple(shape for _, shape in layers)
-        self._tables = list(_tables(self._shapes))
-        size = self._tables[-1].column_counts.stop
+        size = int(_tables(self._shapes).counts[-1])
         self.counts = np.zeros(size, np.int32) if counts is None else counts
         if self.counts.shape != (size,) or self.counts.min() < 0:
             raise WireError(f"no {size} counts of what has moved")
@@ -85,16 +93,17 @@ class Activity:
         positions : numpy.ndarray
             int64 ``(k,)``, the coordinates, rising.
         """
+        tables = _tables(self._shapes)
+        moved = np.diff(positions.searchsorted(tables.coordinates))
+        rows, columns = np.divmod(
+            positions - tables.coordinates[:-1].repeat(moved),
+            tables.columns.repeat(moved),
+        )
+        rows += tables.counts[:-1:2].repeat(moved)
+        columns += tables.counts[1::2].repeat(moved)
         counts = self.counts.astype(np.int64)
-        for table in self._tables:
-            bounds = positions.searchsorted([table.span.start, table.span.stop])
-            inside = positions[slice(*bounds)] - table.span.start
-            rows, columns = np.divmod(inside, table.columns)
-            for part, places in (
-                (table.row_counts, rows),
-                (table.column_counts, columns),
-            ):
-                counts[part] += np.bincount(places, minlength=part.stop - part.start)
+        for places in (rows, columns):
+            counts += np.bincount(places, minlength=counts.size)
         self.counts = np.minimum(counts, MOST).astype(np.int32)
 
 
@@ -103,23 +112,24 @@ class Activity:
 @lru_cache(maxsize=2)
 def _classes(shapes: tuple[tuple[int, ...], ...], counts: bytes) -> Classes:
     """Return the classes by the counts of int32 that these bytes are."""
-    tables = list(_tables(shapes))
-    return Classes.of(_kinds(tables, np.frombuffer(counts, np.int32)), CLASSES)
+    kinds = _kinds(_tables(shapes), np.frombuffer(counts, np.int32))
+    return Classes.of(kinds, CLASSES)
 
 
-def _kinds(tables: Sequence[_Table], moved: np.ndarray) -> np.ndarray:
+def _kinds(tables: _Tables, moved: np.ndarray) -> np.ndarray:
     # Each row and column has moved once before the first time: so nothing is ruled
     # out, and coordinates of small tensors, which do move more, come first.
     counts = moved.astype(np.float64) + 1
+    parts = np.split(counts, tables.counts[1:-1])
     # The mean of all expected counts: a table's add up to its columns' counts.
-    total = sum(counts[table.column_counts].sum() for table in tables)
-    kinds = np.empty(tables[-1].span.stop, np.uint8)
+    total = sum(columns.sum() for columns in parts[1::2])
+    kinds = np.empty(tables.coordinates[-1], np.uint8)
     mean = total / kinds.size
-    for table in tables:
-        rows, columns = counts[table.row_counts], counts[table.column_counts]
+    spans = np.split(kinds, tables.coordinates[1:-1])
+    for rows, columns, span in zip(parts[::2], parts[1::2], spans, strict=True):
         rates = (rows / (rows.sum() * mean)).astype(np.float32)
         columns = columns.astype(np.float32)
-        matrix = kinds[table.span].reshape(rows.size, columns.size)
+        matrix = span.reshape(rows.size, columns.size)
         # Some rows at a time, which fit the cache.
         height = _BLOCK // columns.size + 1
         for first in range(0, rows.size, height):
@@ -130,13 +140,10 @@ def _kinds(tables: Sequence[_Table], moved: np.ndarray) -> np.ndarray:
     return kinds
 
 
-def _tables(shapes: Sequence[tuple[int, ...]]) -> Iterator[_Table]:
-    place = start = 0
-    for shape in shapes:
-        size = math.prod(shape)
-        rows = shape[0] if shape else 1
-        columns = size // rows
-        middle, end = start + rows, start + rows + columns
-        span = slice(place, place + size)
-        yield _Table(span, columns, slice(start, middle), slice(middle, end))
-        place, start = span.stop, end
+@lru_cache(maxsize=2)
+def _tables(shapes: tuple[tuple[int, ...], ...]) -> _Tables:
+    sizes = [math.prod(shape) for shape in shapes]
+    rows = np.array([shape[0] if shape else 1 for shape in shapes])
+    columns = sizes // rows
+    counts = np.stack([rows, columns], axis=1).ravel()
+    return _Tables(np.cumsum([0, *sizes]), columns, np.cumsum([0, *counts]))
