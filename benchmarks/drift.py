@@ -55,7 +55,7 @@ def main() -> None:
     columns = ("values", "of all", "mean distance", "median distance")
     show("Between two clients, after the last round", columns, rows, options)
     if options.figure:
-        draw(models, left, layers, options)
+        draw(models, left, layers, options.seed).savefig(options.figure, dpi=150)
 
 
 def play(options: Namespace) -> tuple[np.ndarray, np.ndarray, list[Layer]]:
@@ -117,22 +117,27 @@ def describe(
 
 
 def draw(
-    models: np.ndarray, left: np.ndarray, layers: list[Layer], options: Namespace
-) -> None:
+    models: np.ndarray, left: np.ndarray, layers: list[Layer], seed: int
+) -> Figure:
     """Draw two parameters that left synchronisation in the second quarter.
 
     Parameters
     ----------
     models, left, layers : object
         As of :func:`play`.
-    options : argparse.Namespace
-        The parameters; the two are drawn by its seed.
+    seed : int
+        By which the two are drawn by lot.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        A panel for each of them, both clients in it.
     """
-    rounds = options.rounds
+    rounds = models.shape[1]
     early = np.flatnonzero((left >= rounds // 4) & (left < rounds // 2))
     if early.size < SHOWN:
         raise SystemExit(f"fewer than {SHOWN} parameters leave by round {rounds // 2}")
-    shown = np.sort(np.random.default_rng(options.seed).choice(early, SHOWN, False))
+    shown = np.sort(np.random.default_rng(seed).choice(early, SHOWN, False))
     figure = Figure((7, 2.8), layout="constrained")
     for axes, place in zip(figure.subplots(1, SHOWN), shown, strict=True):
         for client, values in enumerate(models[:, :, place]):
@@ -151,7 +156,7 @@ def draw(
     figure.legend(
         handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9
     )
-    figure.savefig(options.figure, dpi=150)
+    return figure
 
 
 if __name__ == "__main__":

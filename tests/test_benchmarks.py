@@ -5,9 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from gwpf_baseline.learning.flat_model import Layer
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+import drift  # noqa: E402
+
 # What each script is given, and what it prints above its table.
 SMALL = ["--clients=2", "--steps=1", "--rounds=2", "--warm-up=1"]
 SIMULATED = [*SMALL, "--repeats=1"]
@@ -96,3 +102,24 @@ def test_a_script_that_trains(script: str, data_root: Path) -> None:
     """The same, on real data."""
     options, title = ON_DATA[script]
     assert title in output_of(script, [*options, "--data", str(data_root)])
+
+
+def test_two_values_that_drift_are_drawn_on_both_clients() -> None:
+    """Of those alone that leave in the second quarter, each with when it leaves."""
+    models = np.random.default_rng(0).normal(size=(2, 8, 6))
+    left = np.array([8, 2, 1, 3, 4, 8])
+    layers = [Layer(slice(0, 2), (2,)), Layer(slice(2, 6), (4,))]
+    panels = drift.draw(models, left, layers, seed=0).axes
+    for place, title, axes in zip((1, 3), (1, 2), panels, strict=True):
+        assert axes.get_title() == f"a value of tensor {title} of 2"
+        *clients, leaves = axes.lines
+        assert [line.get_label() for line in clients] == ["client 1", "client 2"]
+        for line, values in zip(clients, models[:, :, place], strict=True):
+            assert np.array_equal(np.asarray(line.get_ydata()), values)
+        assert np.all(np.asarray(leaves.get_xdata()) == left[place] + 0.5)
+
+
+def test_where_too_few_values_drift_none_is_drawn() -> None:
+    """It says so."""
+    with pytest.raises(SystemExit, match="fewer than 2 parameters leave by round 4"):
+        drift.draw(np.zeros((2, 8, 1)), np.array([2]), [Layer(slice(0, 1), (1,))], 0)
