@@ -1,13 +1,16 @@
-"""What the benchmarks share: their options, and a table."""
+"""What the benchmarks share: their options, their progress, and a table."""
 
 import argparse
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
+
+T = TypeVar("T")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -39,6 +42,27 @@ def add_data_option(options: argparse.ArgumentParser) -> None:
     beside = REPOSITORY.parent / "shared" / "data"
     root = Path(os.environ.get("GWPF_DATA", beside))
     options.add_argument("--data", type=Path, default=root, help="has mnist/ in it")
+
+
+def announced(items: Iterable[T], name: Callable[[T], str] = str) -> Iterator[T]:
+    """Go through what is measured, saying on stderr what it is and how much is left.
+
+    Parameters
+    ----------
+    items : iterable
+        What is measured.
+    name : callable, default ``str``
+        Returns what to call an item.
+
+    Yields
+    ------
+    object
+        The items.
+    """
+    ahead = list(items)
+    for number, item in enumerate(ahead, 1):
+        print(f"{number} of {len(ahead)}: {name(item)}", file=sys.stderr, flush=True)
+        yield item
 
 
 def show(

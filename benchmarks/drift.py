@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from _common import add_data_option, parser, show
+from _common import add_data_option, announced, parser, show
 from flwr.common import FitIns, FitRes
 from matplotlib.figure import Figure
 
@@ -100,7 +100,7 @@ def play(options: Namespace) -> tuple[np.ndarray, np.ndarray, list[Layer]]:
     played = LocalFederation(strategy, nodes)
     # What has left does not come back.
     left = np.zeros(strategy.dimension, np.int64)
-    for _ in range(options.rounds):
+    for _ in announced(options.rounds * ["a round"]):
         played.play()
         left += strategy.mask
     return np.array([node.models for node in nodes]), left, strategy.layers

@@ -13,10 +13,11 @@ import os
 import statistics
 from argparse import Namespace
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
-from _common import add_data_option, parser, show
+from _common import add_data_option, announced, parser, show
 from _flower import round_seconds
 from omegaconf import DictConfig
 from round_time import METHODS, Training
@@ -64,10 +65,10 @@ def main() -> None:
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     # A worker takes a CPU, also where it trains on a GPU.
     several = min(options.parallel, os.cpu_count() or 1)
+    settings = list(product(options.precisions, sorted({1, several})))
     rows = [
         measure(precision, at_once, options)
-        for precision in options.precisions
-        for at_once in sorted({1, several})
+        for precision, at_once in announced(settings, "{0[0]}, {0[1]} at once".format)
     ]
     device = torch.cuda.get_device_name() if on_gpu else "the CPU, as there is no GPU"
     show(f"A round of {options.model} on {device}", COLUMNS, rows, options)

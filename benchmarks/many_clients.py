@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from _common import REPOSITORY, add_data_option, parser, show
+from _common import REPOSITORY, add_data_option, announced, parser, show
 
 FEW = 10
 # The models of the second table, and what they are trained on; of a large one the last
@@ -36,11 +36,8 @@ def main() -> None:
         first_round(options),
         options,
     )
-    rows = [
-        memory(model, vars(options)[model], options)
-        for model in MODELS
-        if vars(options)[model] > FEW
-    ]
+    asked = [model for model in MODELS if vars(options)[model] > FEW]
+    rows = [memory(model, vars(options)[model], options) for model in announced(asked)]
     show(
         "Memory of a simulated client, gwpf",
         (
@@ -60,13 +57,12 @@ def main() -> None:
 def first_round(options: Namespace) -> list[Sequence[Any]]:
     """Time a round of ten clients, among few and among many, in turn."""
     least = {FEW: float("inf"), options.lenet5: float("inf")}
-    for _ in range(options.repeats):
-        for clients in least:
-            sampled = ["num_rounds=1", f"fraction_fit={FEW / clients}"]
-            started = time.perf_counter()
-            with running(sampled, clients, "lenet5", options) as (process, _):
-                process.wait()
-            least[clients] = min(least[clients], time.perf_counter() - started)
+    for clients in announced(options.repeats * list(least), "among {}".format):
+        sampled = ["num_rounds=1", f"fraction_fit={FEW / clients}"]
+        started = time.perf_counter()
+        with running(sampled, clients, "lenet5", options) as (process, _):
+            process.wait()
+        least[clients] = min(least[clients], time.perf_counter() - started)
     few = least[FEW]
     return [(n, seconds, seconds - few, "5") for n, seconds in least.items()]
 

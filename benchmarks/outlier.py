@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import numpy as np
-from _common import parser, show
+from _common import announced, parser, show
 from flwr.common import FitIns, FitRes
 
 import gwpf_baseline.learning.client
@@ -119,7 +119,7 @@ def main() -> None:
     files = sorted(config_dir().glob("method/*.yaml"))
     runs = {file.stem: [f"method={file.stem}"] for file in files} | TUNED | MORE
     rows = []
-    for name in chosen.methods or runs:
+    for name in announced(chosen.methods or runs):
         overrides = [*runs[name], f"seed={chosen.seed}"]
         attacks = [None, *ATTACKS.values()]
         reached = [accuracy(overrides, chosen.rounds, each) for each in attacks]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import add_data_option, parser, show
+from _common import add_data_option, announced, parser, show
 from flwr.common import Context, FitIns, FitRes
 from omegaconf import DictConfig
 
@@ -109,7 +109,7 @@ def measure(model: str, steps: int, batch: int, options: Any) -> None:
     for federation in federations.values():  # the first round starts from nothing
         federation.play()
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in METHODS}
-    for _ in range(options.rounds):
+    for _ in announced(options.rounds * [f"a round of {model}"]):
         for name, federation in federations.items():
             times[name].append(federation.timed())
     rows = []

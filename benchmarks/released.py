@@ -35,7 +35,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from _common import parser, show
+from _common import announced, parser, show
 from sync_step import OneClient, Vector, client_of
 
 from gwpf_baseline.config import compose_config
@@ -81,7 +81,7 @@ def main() -> None:
     rng = np.random.default_rng(options.seed)
     draws = rng.random(options.dimension, dtype=np.float32)
     rows: list[tuple] = []
-    for method, share, theirs in SETTINGS:
+    for method, share, theirs in announced(SETTINGS, "{0[0]}, {0[1]:.0%}".format):
         coded = method == "gwpf"
         ours = (
             OneClient(method, model, steps)

@@ -12,7 +12,7 @@ import os
 import statistics
 import time
 
-from _common import add_data_option, parser, show
+from _common import add_data_option, announced, parser, show
 from _flower import dense_client, flower_round_seconds, round_seconds
 from omegaconf import DictConfig
 
@@ -82,18 +82,17 @@ def main() -> None:
     names = (flower, *METHODS)
     rounds: dict[str, list[float]] = {name: [] for name in names}
     alone: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(options.repeats):
-        for name in names:
-            # After each round of it: a machine is not equally fast all the time.
-            cfg = configs.get(name, configs["fedavg"])
-            workers = (os.cpu_count() or 1) // cfg.client_resources.num_cpus
-            training = Training(cfg, workers)
-            if name == flower:
-                seconds = flower_round_seconds(cfg, dense_client, training)
-            else:
-                seconds = round_seconds(cfg, training)
-            rounds[name] += seconds[options.warm_up - 1 :]
-            alone[name] += training.seconds[options.warm_up - 1 :]
+    for name in announced(options.repeats * names):
+        # After each round of it: a machine is not equally fast all the time.
+        cfg = configs.get(name, configs["fedavg"])
+        workers = (os.cpu_count() or 1) // cfg.client_resources.num_cpus
+        training = Training(cfg, workers)
+        if name == flower:
+            seconds = flower_round_seconds(cfg, dense_client, training)
+        else:
+            seconds = round_seconds(cfg, training)
+        rounds[name] += seconds[options.warm_up - 1 :]
+        alone[name] += training.seconds[options.warm_up - 1 :]
     rows = []
     for name in names:
         median, least = map(statistics.median, (rounds[name], alone[name]))

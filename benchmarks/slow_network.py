@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from _common import REPOSITORY, add_data_option, parser, show
+from _common import REPOSITORY, add_data_option, announced, parser, show
 
 sys.path.insert(0, str(REPOSITORY / "dev"))
 # pylint: disable-next=wrong-import-position
@@ -149,7 +149,7 @@ def main() -> None:
             for node in range(NODES):
                 space = f"ip netns exec {_BRIDGE}-{node}"
                 nodes.start_supernode(node, node, prefix=space)
-            for method in chosen.methods:
+            for method in announced(chosen.methods):
                 config = {
                     "method": method,
                     "model": chosen.model,

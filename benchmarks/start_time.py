@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from _common import REPOSITORY, parser, show
+from _common import REPOSITORY, announced, parser, show
 
 from gwpf_baseline.records.history import read_history
 
@@ -78,7 +78,7 @@ def main() -> None:
     for state in options.states:
         needed: list[float] = []
         taken: list[float] = []
-        for _ in range(options.repeats):
+        for _ in announced(options.repeats * [state]):
             with tempfile.TemporaryDirectory() as folder:
                 empty = Path(folder) if state == "cold" else None
                 needed.append(seconds_of(["-c", REFERENCE], empty))

@@ -21,7 +21,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from _common import parser, show
+from _common import announced, parser, show
 from flwr.common import Context, FitIns, RecordDict
 from torch import nn
 
@@ -102,7 +102,7 @@ def main() -> None:
     for name in VOTES:
         steps |= method_steps(name, deltas, options)
     rows = []
-    for name, step in steps.items():
+    for name, step in announced(steps.items(), "{0[0]}".format):
         milliseconds, ratio = measure(step, steps["dense mean"], options.repeats)
         memory = peak(step) / (4 * options.dimension)
         goal = "2" if ": server" in name and "2n" not in name else ""

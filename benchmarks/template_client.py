@@ -9,7 +9,7 @@ runtime, ours as the command line runs it.
 import logging
 import statistics
 
-from _common import add_data_option, parser, show
+from _common import add_data_option, announced, parser, show
 from _flower import flower_round_seconds, round_seconds, template_client
 
 from gwpf_baseline.config import checked, compose_config
@@ -39,7 +39,7 @@ def main() -> None:
     )
     kept = slice(options.warm_up - 1, None)
     template, ours = [], []
-    for _ in range(options.repeats):
+    for _ in announced(options.repeats * ["template, ours"]):
         template += flower_round_seconds(cfg, template_client)[kept]
         ours += round_seconds(cfg)[kept]
     slow, fast = statistics.median(template), statistics.median(ours)
