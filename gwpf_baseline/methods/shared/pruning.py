@@ -69,6 +69,9 @@ def _bound(values: FloatVector, count: int) -> np.float32:
     """
     sample = np.abs(values[:: values.size // _SAMPLE + 1])
     reach = math.ceil(1.2 * count / values.size * sample.size) + 16
+    # Among many that are equal, as the zeros are of what is due to coordinates that
+    # nobody voted for, finding a place takes fifteen times as long.
+    sample = sample[sample > 0]
     if reach >= sample.size:
         return _LEAST
     place = sample.size - reach
