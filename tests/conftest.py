@@ -19,7 +19,8 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 
-@pytest.fixture
+# Of the session, so that it is found before a test changes the environment.
+@pytest.fixture(scope="session")
 def data_root() -> Path:
     """Return the folder of real datasets, or skip the test where there is none."""
     beside = Path(__file__).resolve().parents[2] / "shared" / "data"
