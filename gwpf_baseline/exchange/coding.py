@@ -456,16 +456,8 @@ def _encode_gaps(
 
 def _decode_gaps(decoder: Any, ones: Sequence[int], sizes: Sequence[int]) -> np.ndarray:
     """Undo :func:`_encode_gaps`."""
-    models, longest = zip(*map(_model, ones, sizes), strict=True)
-    # Of what is full, all gaps are 0.
-    parts = [
-        (
-            np.zeros(count, np.int32)
-            if model is None
-            else _decode_symbols(decoder, model, count, count + size // most, most)
-        )
-        for model, most, count, size in zip(models, longest, ones, sizes, strict=True)
-    ]
+    coded = [_decode_symbols(decoder, *each) for each in zip(ones, sizes, strict=True)]
+    parts, longest = zip(*coded, strict=True)
     lengths, symbols = [part.size for part in parts], np.concatenate(parts)
     ends = symbols < np.repeat(np.array(longest, np.int32), lengths)
     passed = np.cumsum(symbols + ends, dtype=np.int64)
@@ -477,11 +469,12 @@ def _decode_gaps(decoder: Any, ones: Sequence[int], sizes: Sequence[int]) -> np.
     return passed[ends] - 1 + np.repeat(skipped, ones)
 
 
-def _decode_symbols(
-    decoder: Any, model: Any, count: int, room: int, longest: int
-) -> np.ndarray:
-    """Decode the symbols of so many gaps, which are at most so many."""
-    parts = []
+def _decode_symbols(decoder: Any, count: int, size: int) -> tuple[np.ndarray, int]:
+    """Decode the symbols of a class's gaps, and return how long one can be, too."""
+    model, longest = _model(count, size)
+    if model is None:
+        return np.zeros(count, np.int32), longest  # Of what is full, all gaps are 0.
+    parts, room = [], count + size // longest
     while count:
         # At least as many symbols follow as gaps are left.
         symbols = decoder.decode(model, count)
@@ -491,4 +484,4 @@ def _decode_symbols(
         # So that no code makes this go on for ever.
         if room < 0:
             raise WireError("a bitmap's code goes beyond its end")
-    return np.concatenate(parts)
+    return np.concatenate(parts), longest
