@@ -35,7 +35,7 @@ from gwpf_baseline.exchange.messages import ClientRecord, StateLost, size_of
 from gwpf_baseline.exchange.network import Network
 from gwpf_baseline.exchange.payload import Part, Sizes, as_tensor
 from gwpf_baseline.exchange.roster import Roster
-from gwpf_baseline.learning.flat_model import least_buffers, to_ndarrays
+from gwpf_baseline.learning.flat_model import buffer_limits, to_ndarrays
 from gwpf_baseline.learning.method_server import MethodServer, Upload
 from gwpf_baseline.records.books import Books
 from gwpf_baseline.records.checkpoint import (
@@ -212,7 +212,9 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         self.finished = False
         self.round = self.committed = 0
         self._empty_rounds = 0
-        self._least_buffers = least_buffers(model)
+        self._least, self._most = buffer_limits(model)
+        # Counters go as far as there are iterations, and would hide what is measured.
+        self._measured = np.isinf(self._most)
         self._buffer_sum = torch.zeros(0)
 
     @property
@@ -418,9 +420,12 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         buffers = reader.vector(size, part=Part.BUFFERS)
         reader.finish()
         if size:
-            if (buffers < self._least_buffers).any():
-                raise WireError("a buffer below the least that it can be")
-            self.buffer_bound.measure(buffers, self.buffers.numpy())
+            if ((buffers < self._least) | (buffers > self._most)).any():
+                raise WireError("a buffer beyond what it can be")
+            measured = self._measured
+            self.buffer_bound.measure(
+                buffers[measured], self.buffers.numpy()[measured]
+            )
         sizes.update(reader.sizes)
         return upload, buffers
 

@@ -473,14 +473,20 @@ def test_where_few_take_part_the_norms_before_count() -> None:
 
 
 def test_buffers_are_bounded_as_well() -> None:
-    """A variance below 0 is refused, and so are means that are far out."""
-    for place, value, failures in (
-        (5, -1e30, 1),
-        (5, -1e-6, 1),
-        (0, 1e20, 1),
-        (0, 1e6, 1),
+    """A variance below 0 is refused, and so are means and counters far out.
+
+    That counters move by as many iterations as there are allows nobody's means more.
+    """
+    for place, value, failures, steps in (
+        (5, -1e30, 1, 2),
+        (5, -1e-6, 1, 2),
+        (0, 1e20, 1, 2),
+        (0, 1e6, 1, 2),
+        (10, 3e9, 1, 2),
+        (0, 300.0, 1, 50),
     ):
-        federation, twin = (small([50] * 5, BRIEF, "fedavg") for _ in range(2))
+        training = replace(BRIEF, local_steps=steps)
+        federation, twin = (small([50] * 5, training, "fedavg") for _ in range(2))
 
         def spoil(answer: FitRes, place: int = place, value: float = value) -> FitRes:
             payload = bytearray(from_parameters(answer.parameters))

@@ -183,8 +183,8 @@ def sent_buffers(model: nn.Module) -> list[torch.Tensor]:
     return [buffer for _, buffer in _named_sent_buffers(model)]
 
 
-def least_buffers(model: nn.Module) -> FloatVector:
-    """Return the least that each of a model's buffers can be.
+def buffer_limits(model: nn.Module) -> tuple[FloatVector, FloatVector]:
+    """Return the least and the most that each of a model's buffers can be.
 
     Parameters
     ----------
@@ -193,16 +193,19 @@ def least_buffers(model: nn.Module) -> FloatVector:
 
     Returns
     -------
-    numpy.ndarray
+    least : numpy.ndarray
         float32 ``(b,)`` in the order of :func:`sent_buffers`: 0 for variances, which
         normalisation takes the root of, and for counters; else minus infinity.
+    most : numpy.ndarray
+        The same: 2**31 for counters, and infinity for all others.
     """
-    parts = [np.zeros(0, np.float32)]
+    least, most = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
     for name, buffer in _named_sent_buffers(model):
-        signed = buffer.is_floating_point() and not name.endswith("running_var")
-        least = -np.inf if signed else 0.0
-        parts.append(np.full(buffer.numel(), least, np.float32))
-    return np.concatenate(parts)
+        counter = not buffer.is_floating_point()
+        never_below = 0.0 if counter or name.endswith("running_var") else -np.inf
+        least.append(np.full(buffer.numel(), never_below, np.float32))
+        most.append(np.full(buffer.numel(), 2.0**31 if counter else np.inf, np.float32))
+    return np.concatenate(least), np.concatenate(most)
 
 
 def buffers_to_vector(model: nn.Module) -> torch.Tensor:
