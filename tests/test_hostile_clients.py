@@ -27,7 +27,9 @@ from hypothesis import strategies as st
 from gwpf_baseline.exchange.coding import MOST, WireError
 from gwpf_baseline.exchange.header import Header, Kind
 from gwpf_baseline.exchange.payload import (
+    Part,
     Reader,
+    Writer,
     from_parameters,
     to_parameters,
 )
@@ -35,6 +37,7 @@ from gwpf_baseline.learning.client import SyncClient
 from gwpf_baseline.learning.flat_model import FlatModel
 from gwpf_baseline.learning.server_optimizer import ServerOptimizerConfig
 from gwpf_baseline.learning.training import Batches, TrainingConfig, evaluate
+from gwpf_baseline.methods.shared.ternary import Ternary, write_ternary
 from gwpf_baseline.utils import ConfigError, RunError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -501,6 +504,30 @@ def test_buffers_are_bounded_as_well() -> None:
         distance = federation.strategy.buffers - twin.strategy.buffers
         assert distance.abs().max() < 0.5
         assert (federation.strategy.buffers[5:10] >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("gwpf", {"vote_fraction": 0.04}), ("stc", {"up": 0.04})]
+)
+def test_nobody_votes_for_more_than_its_share(
+    method: str, options: dict[str, float]
+) -> None:
+    """However short the update is; of 395 coordinates 4 % are sixteen."""
+    for votes, failures in ((16, 0), (17, 1), (395, 1)):
+        federation = small([50] * 4, BRIEF, method, options)
+        strategy: Any = federation.strategy
+
+        def crowd(answer: FitRes, votes: int = votes, held: Any = strategy) -> FitRes:
+            writer = Writer(payload_of(answer.parameters, federation).header)
+            places = np.arange(votes)
+            update = Ternary(places, places % 2 == 0, np.float32(1e-3))
+            write_ternary(writer, update, 395, held.activity)
+            writer.vector(held.buffers.numpy(), part=Part.BUFFERS)
+            return replace(answer, parameters=to_parameters(writer.payload()))
+
+        federation.nodes[2].tamper = crowd
+        record = federation.play()
+        assert (record.failures, record.clients) == (failures, 4 - failures)
 
 
 # ---- a client's own bad day ---------------------------------------------------------

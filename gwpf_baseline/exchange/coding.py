@@ -256,7 +256,11 @@ def decode_bitmap(
 
 
 def decode_positions(
-    frame: Buffer, offset: int, length: int, classes: Classes | None = None
+    frame: Buffer,
+    offset: int,
+    length: int,
+    classes: Classes | None = None,
+    most: int = MOST,
 ) -> tuple[np.ndarray, int]:
     """Undo :func:`encode_positions`.
 
@@ -270,6 +274,8 @@ def decode_positions(
         The number of bits that the receiver expects.
     classes : Classes, optional
         As they were given to :func:`encode_positions`.
+    most : int, default MOST
+        How many ones there may be.
 
     Returns
     -------
@@ -281,10 +287,12 @@ def decode_positions(
     Raises
     ------
     WireError
-        As of :func:`decode_bitmap`.
+        As of :func:`decode_bitmap`, or more ones than there may be.
     """
     sizes = [length] if classes is None else classes.sizes
     ones, decoder, end = _open(frame, offset, sizes)
+    if sum(ones) > most:
+        raise WireError(f"a bitmap with {sum(ones)} ones, at most {most} are allowed")
     if classes is None and (decoder is None or ones[0] > _RARE * length):
         return np.flatnonzero(decode_bitmap(frame, offset, length)[0]), end
     with _checking(decoder):

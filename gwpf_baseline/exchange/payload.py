@@ -17,6 +17,7 @@ import torch
 from flwr.common import Parameters
 
 from gwpf_baseline.exchange.coding import (
+    MOST,
     Buffer,
     Classes,
     WireError,
@@ -232,7 +233,9 @@ class Reader:
         self._advance(end, part)
         return bits
 
-    def positions(self, length: int, classes: Classes | None = None) -> np.ndarray:
+    def positions(
+        self, length: int, classes: Classes | None = None, most: int = MOST
+    ) -> np.ndarray:
         """Take the next bitmap, as the positions of its ones.
 
         Parameters
@@ -241,13 +244,17 @@ class Reader:
             The number of bits that it must have.
         classes : Classes, optional
             As it was written with.
+        most : int, default MOST
+            How many positions there may be.
 
         Returns
         -------
         numpy.ndarray
             int64 ``(k,)``, rising.
         """
-        positions, end = decode_positions(self._frame, self._offset, length, classes)
+        positions, end = decode_positions(
+            self._frame, self._offset, length, classes, most
+        )
         self._advance(end, Part.POSITIONS)
         return positions
 

@@ -115,6 +115,11 @@ class GWPFStrategy(TernaryStrategy):
         self.average = self.weights.clone()
         self.thawed = 0
 
+    @property
+    def upload_share(self) -> float:
+        """Return the share that a client sends."""
+        return self.config.vote_fraction
+
     def finish_exchange(self, total_weight: float) -> BoolVector:
         """Accumulate the votes, thaw what has most of them, and move that."""
         thawed = self.compressed_mean(total_weight, self.config.thaw_budget)

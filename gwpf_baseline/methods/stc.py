@@ -58,6 +58,11 @@ class STCStrategy(TernaryStrategy):
     name = "stc"
     config: STCConfig
 
+    @property
+    def upload_share(self) -> float:
+        """Return the share that a client sends."""
+        return self.config.up
+
     def finish_exchange(self, total_weight: float) -> BoolVector:
         """Move the model by what the mean, with what is due, is compressed to."""
         return self.take_step(self.compressed_mean(total_weight, self.config.down))

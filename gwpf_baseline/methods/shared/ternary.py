@@ -7,13 +7,14 @@ where that is smaller. Where updates are of the same kind, clients answer with t
 largest of what they have accumulated. What becomes a step is a method's own.
 """
 
+from abc import abstractmethod
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from gwpf_baseline.coordinates import ScatteredSum, marked
-from gwpf_baseline.exchange.coding import Classes, WireError
+from gwpf_baseline.exchange.coding import MOST, Classes, WireError
 from gwpf_baseline.exchange.messages import ClientRecord
 from gwpf_baseline.exchange.payload import Part, Reader, Sections, Sizes, Writer
 from gwpf_baseline.learning.client import SyncClient
@@ -103,16 +104,19 @@ def write_ternary(
 
 
 def read_ternary(
-    reader: Reader, dimension: int, activity: Activity | None = None
+    reader: Reader,
+    dimension: int,
+    activity: Activity | None = None,
+    most: int = MOST,
 ) -> Ternary:
-    """Undo :func:`write_ternary`.
+    """Undo :func:`write_ternary`, of a vector that has at most so many values.
 
     Raises
     ------
     WireError
         The payload holds something else.
     """
-    positions = reader.positions(dimension, _expected(activity))
+    positions = reader.positions(dimension, _expected(activity), most)
     if not positions.size:
         return NOWHERE
     return Ternary(positions, *_read_values(reader, positions.size))
@@ -247,6 +251,8 @@ class SteppingStrategy(SyncStrategy[Upload]):
 class TernaryStrategy(SteppingStrategy[Ternary]):
     """A server whose clients' updates are ternary, too, and which keeps what is due.
 
+    A method says by `upload_share` how much of the model an update may name.
+
     Parameters
     ----------
     *args, **kwargs : object
@@ -276,9 +282,22 @@ class TernaryStrategy(SteppingStrategy[Ternary]):
         self.update_sum.reset()
         self.sent = 0
 
+    @property
+    @abstractmethod
+    def upload_share(self) -> float:
+        """Return the share of all coordinates that a client's update may have."""
+
     def read_upload(self, reader: Reader) -> Ternary:
-        """Take one client's ternary update."""
-        upload = read_ternary(reader, self.dimension, self.activity)
+        """Take one client's ternary update.
+
+        Raises
+        ------
+        WireError
+            It has more values than it may: an update of the same length would move the
+            model further by them.
+        """
+        most = share(self.upload_share, self.dimension)
+        upload = read_ternary(reader, self.dimension, self.activity, most)
         self.measure(upload.values())
         return upload
 
