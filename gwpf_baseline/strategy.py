@@ -388,7 +388,10 @@ class SyncStrategy(MethodServer[Upload], Strategy):
     def _leave_out_the_longest(self, sound: dict[int, "_Answer"]) -> bool:
         """Take those out who would move the model further than they may."""
         used = [answer for answer in sound.values() if answer.used]
-        longest = self.update_bound.longest([answer.length for answer in used])
+        # A follow-up's updates are of a few coordinates, and no measure of others.
+        longest = self.update_bound.longest(
+            [answer.length for answer in used], remember=not self.follow_up
+        )
         furthest = self.buffer_bound.longest([answer.distance for answer in used])
         beyond = [
             client

@@ -506,6 +506,16 @@ def test_buffers_are_bounded_as_well() -> None:
         assert (federation.strategy.buffers[5:10] >= 0).all()
 
 
+def test_follow_ups_are_no_measure_of_whole_updates() -> None:
+    """Theirs can be a thousandth as long; nobody honest is left out for that."""
+    training = TrainingConfig(local_steps=20, batch_size=20, lr=0.2)
+    options = {"thaw_threshold": 1.0}
+    federation = small([150] * 2, training, "gwpf_paper", options)
+    failures = [federation.play().failures for _ in range(30)]
+    assert failures == [0] * 30
+    assert federation.strategy.exchange > 30
+
+
 @pytest.mark.parametrize(
     ("method", "options"), [("gwpf", {"vote_fraction": 0.04}), ("stc", {"up": 0.04})]
 )

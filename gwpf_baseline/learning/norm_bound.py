@@ -114,13 +114,15 @@ class NormBound:
                 f"an update of norm {self.length:.3g}: none is longer than {LONGEST:g}"
             )
 
-    def longest(self, lengths: Sequence[float]) -> float:
+    def longest(self, lengths: Sequence[float], remember: bool = True) -> float:
         """Return how long an exchange's updates may be, and remember its norms.
 
         Parameters
         ----------
         lengths : sequence of float
             The norms of all of them.
+        remember : bool, default True
+            Whether those to come are of the same kind.
 
         Returns
         -------
@@ -134,7 +136,8 @@ class NormBound:
             return math.inf
         # Of an even number the lower one: of two, the longer may be the liar's.
         bound = self.multiple * sorted(known)[(len(known) - 1) // 2]
-        # Who is beyond counts as well, up to the bound: a new scale is not shut out.
-        self.recent += [min(length, bound) for length in norms]
-        self.recent = self.recent[-_REMEMBERED:]
+        if remember:
+            # Who is beyond counts as well, up to the bound: no new scale is shut out.
+            self.recent += [min(length, bound) for length in norms]
+            self.recent = self.recent[-_REMEMBERED:]
         return bound
