@@ -540,6 +540,25 @@ def test_nobody_votes_for_more_than_its_share(
         assert (record.failures, record.clients) == (failures, 4 - failures)
 
 
+def test_weights_that_are_not_sent_are_measured_too() -> None:
+    """ZeroFL takes them for 0: who sends none would pull all of them there."""
+    training = TrainingConfig(local_steps=1, batch_size=10, lr=1e-3)
+    options = {"sparsity": 0.5, "mask_ratio": 0.5}
+    federation = small([50] * 4, training, "zerofl", options)
+    before = federation.strategy.weights.clone()
+
+    def keep(answer: FitRes) -> FitRes:
+        writer = Writer(payload_of(answer.parameters, federation).header)
+        writer.bitmap(np.zeros(395, np.bool_))
+        writer.vector(federation.strategy.buffers.numpy(), part=Part.BUFFERS)
+        return replace(answer, parameters=to_parameters(writer.payload()))
+
+    federation.nodes[2].tamper = keep
+    record = federation.play()
+    assert (record.failures, record.clients) == (1, 3)
+    assert (federation.strategy.weights - before).norm() < 0.1 * before.norm()
+
+
 # ---- a client's own bad day ---------------------------------------------------------
 
 

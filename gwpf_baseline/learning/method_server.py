@@ -336,10 +336,7 @@ class MethodServer(ABC, Generic[Upload]):
         return changed
 
     def read_update(
-        self,
-        reader: Reader,
-        mask: BoolVector | None = None,
-        origin: FloatVector | None = None,
+        self, reader: Reader, mask: BoolVector | None = None
     ) -> FloatVector:
         """Take the values of an update, as :meth:`SyncClient.write_update` wrote them.
 
@@ -349,8 +346,6 @@ class MethodServer(ABC, Generic[Upload]):
             A client's payload.
         mask : numpy.ndarray, optional
             bool ``(d,)``, the coordinates that they belong to; default: all.
-        origin : numpy.ndarray, optional
-            As of :meth:`measure`.
 
         Returns
         -------
@@ -359,7 +354,7 @@ class MethodServer(ABC, Generic[Upload]):
         """
         counts = values_per_layer(self.layers, mask)
         values = self.quantization.read_update(reader, counts)
-        self.measure(values, origin)
+        self.measure(values)
         return values
 
     def measure(self, values: FloatVector, origin: FloatVector | None = None) -> None:

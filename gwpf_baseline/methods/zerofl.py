@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
+from gwpf_baseline.coordinates import scatter
 from gwpf_baseline.exchange.payload import Reader, Writer
 from gwpf_baseline.learning.flat_model import Layer, values_per_layer
 from gwpf_baseline.learning.method_client import Task
@@ -162,11 +163,14 @@ class ZeroFLStrategy(SparseStrategy):
 
     def read_upload(self, reader: Reader) -> SparseUpload:
         """Take one client's mask, and its weights or updates."""
+        upload = super().read_upload(reader)
         if self.config.upload != "top_k_weights":
-            return super().read_upload(reader)
-        mask = reader.bitmap(self.dimension)
-        origin = self.weights.numpy()[mask]
-        return SparseUpload(mask, self.read_update(reader, mask, origin))
+            return upload
+        # What was not sent counts as 0, and moves the model by that.
+        weights = np.zeros(self.dimension, np.float32)
+        scatter(upload.values, upload.mask, weights)
+        self.measure(weights, self.weights.numpy())
+        return upload
 
     def add_upload(self, upload: SparseUpload, weight: float) -> None:
         """Add one client's upload."""
