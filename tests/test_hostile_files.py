@@ -212,8 +212,16 @@ def start_again(node: Node, folder: CheckpointFolder) -> None:
         {"residual": torch.full((395,), torch.nan)},
         {"weights": torch.zeros(1)},
         {"weights": torch.zeros(396)},
+        {"residual": torch.zeros(395, dtype=torch.int64)},
+        {"residual": torch.zeros(395, dtype=torch.complex64)},
+        {"weights": torch.zeros(395, dtype=torch.bfloat16)},
+        {"weights": torch.zeros(395, dtype=torch.float64)},
         {"sent": torch.zeros(3, dtype=torch.uint8)},
+        {"sent": torch.zeros(50)},
+        {"activity": torch.zeros(9)},
         {"moment.exp_avg": torch.zeros(10**6)},
+        {"moment.exp_avg": torch.zeros(5)},
+        {"other": torch.zeros(395)},
     ],
 )
 def test_a_client_takes_no_state_but_its_own(changes: State, tmp_path: Path) -> None:
@@ -260,6 +268,30 @@ def test_a_node_that_starts_again_loses_nothing(method: str, tmp_path: Path) -> 
     for _ in range(3):
         assert federation.play().failures == twin.play().failures == 0
         assert torch.equal(federation.strategy.weights, twin.strategy.weights)
+
+
+@pytest.mark.parametrize(
+    ("method", "missing"),
+    [("stc", "weights"), ("gwpf", "weights"), ("gwpf", "activity")]
+    + [("apf", "schedule.period"), ("apf", "schedule.checks")],
+)
+def test_a_node_whose_state_lacks_something_says_so(
+    method: str, missing: str, tmp_path: Path
+) -> None:
+    """It is lost for a round, and then holds the model that the server has."""
+    federation = played(method)
+    node, folder = federation.nodes[0], CheckpointFolder(tmp_path)
+    state = node.state.to_save(0)
+    del state[missing]
+    save_state(folder.client_file(3, 0), state)
+    start_again(node, folder)
+    federation.strategy.committed = 3
+    assert federation.play().failures == 1
+    for _ in range(3):
+        assert federation.play().failures == 0
+    np.testing.assert_array_equal(
+        node.state.arrays["weights"], federation.nodes[1].state.arrays["weights"]
+    )
 
 
 def test_what_was_used_after_a_checkpoint_is_not_sent_again(tmp_path: Path) -> None:

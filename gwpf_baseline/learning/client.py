@@ -312,6 +312,8 @@ class SyncClient(MethodClient, NumPyClient):
             # What the server sends are values, not differences: holding more than it
             # knows of (its client's answer got lost) does no harm.
             return torch.from_numpy(state.own("weights"))
+        if held > 0 and "weights" not in state.arrays:
+            raise LostState(-1)
         if header.base > 0:
             raise LostState(0)
         if header.checksum != vector_checksum(self.initial.numpy()):

@@ -24,6 +24,15 @@ _VALUES = "gwpf_baseline.values"
 # How arrays are written: their memory as it is. Flower's own way, numpy.save, would
 # copy it twice more in either direction.
 _AS_IT_IS = "gwpf_baseline.memory"
+# Arrays of one value for each parameter.
+_VECTORS = ("weights", "residual", "last_global")
+# What an array holds, by its name up to the dot; None: whoever keeps it will look.
+_TYPES = {
+    **dict.fromkeys((*_VECTORS, "left_out", "moment"), np.dtype(np.float32)),
+    "sent": np.dtype(np.uint8),
+    "activity": np.dtype(np.int32),
+    "schedule": None,
+}
 
 
 @dataclass
@@ -43,9 +52,11 @@ class ClientState:
         ``(ceil(d / 8),)``, the coordinates of its last upload, a bit each, and
         ``left_out`` float32 ``(k,)``, what rounding left out of them; ``residual``
         float32 ``(d,)``, what it learned and the server has not used; ``activity``
-        int32 ``(m,)``, how often the model's rows and columns have moved; ``moment.*``,
-        the optimiser's state. Each only where it is needed. Those that were loaded are
-        read-only: see :meth:`own`.
+        int32 ``(m,)``, how often the model's rows and columns have moved;
+        ``last_global`` float32 ``(d,)``, how the model has moved last; ``moment.*``,
+        float32, the optimiser's state; ``schedule.*``, that of when coordinates are
+        frozen. Each only where it is needed. Those that were loaded are read-only: see
+        :meth:`own`.
     """
 
     version: int = 0
@@ -131,24 +142,16 @@ class ClientState:
         StateError
             It is another client's, or none.
         """
-        arrays = as_arrays({k: v for k, v in saved.items() if torch.is_tensor(v)})
+        try:
+            arrays = as_arrays({k: v for k, v in saved.items() if torch.is_tensor(v)})
+        except TypeError as error:  # a type that NumPy does not have
+            raise StateError(str(error)) from error
         values = {k: v for k, v in saved.items() if k not in arrays}
         if values.pop("client", None) != client:
             raise StateError(f"it is not client {client}'s")
         check_like(values, cls().values())
-        whole = {
-            "weights": dimension,
-            "residual": dimension,
-            "sent": -(-dimension // 8),
-        }
-        # A matrix has at most one row and column more than values.
-        most = {**whole, "activity": 2 * dimension}
         for name, array in arrays.items():
-            size = most.get(name, dimension)
-            if array.size > size or (name in whole and array.shape != (size,)):
-                raise StateError(f"{name} has {array.size} values, not {size}")
-            if not is_finite(array):
-                raise StateError(f"{name} is not finite")
+            _check(name, array, dimension)
         return cls(**values, arrays=arrays)
 
     def to_save(self, client: int) -> dict[str, Any]:
@@ -164,6 +167,25 @@ class ClientState:
             for name, value in self.arrays.items()
             if name.startswith(prefix)
         }
+
+
+def _check(name: str, array: np.ndarray, dimension: int) -> None:
+    """Raise StateError unless an array is what one of its name can be."""
+    group = name.split(".")[0]
+    if group not in _TYPES:
+        raise StateError(f"{name} is not known")
+    wanted = _TYPES[group]
+    if wanted is not None and array.dtype != wanted:
+        raise StateError(f"{name} is not of type {wanted}")
+    whole = {**dict.fromkeys(_VECTORS, dimension), "sent": -(-dimension // 8)}
+    if group == "moment" and array.shape:
+        whole[name] = dimension
+    # A matrix has at most one row and column more than values.
+    size = whole.get(name, 2 * dimension if name == "activity" else dimension)
+    if array.size > size or (name in whole and array.shape != (size,)):
+        raise StateError(f"{name} has {array.size} values, not {size}")
+    if not is_finite(array):
+        raise StateError(f"{name} is not finite")
 
 
 def _array(value: np.ndarray) -> Array:

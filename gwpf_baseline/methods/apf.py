@@ -340,6 +340,10 @@ class APFStrategy(SyncStrategy[FloatVector]):
 _PREFIX = "schedule."
 
 
+def _form(arrays: dict[str, np.ndarray]) -> dict[str, tuple]:
+    return {name: (array.dtype, array.shape) for name, array in arrays.items()}
+
+
 class APFClient(SyncClient):
     """The client's half of APF.
 
@@ -375,7 +379,10 @@ class APFClient(SyncClient):
         schedule = FreezingSchedule(initial, self.config, seed)
         # Between checks it stays as it is, and where it is.
         take = state.own if schedule.checks_at(last) else state.arrays.__getitem__
-        schedule.load_state({name.removeprefix(_PREFIX): take(name) for name in names})
+        kept = {name.removeprefix(_PREFIX): take(name) for name in names}
+        if _form(kept) != _form(schedule.state()):
+            raise LostState(0)
+        schedule.load_state(kept)
         return schedule
 
     def upload(self, task: Task, state: ClientState, writer: Writer) -> float:
