@@ -426,9 +426,7 @@ class SyncStrategy(MethodServer[Upload], Strategy):
             if ((buffers < self._least) | (buffers > self._most)).any():
                 raise WireError("a buffer beyond what it can be")
             measured = self._measured
-            self.buffer_bound.measure(
-                buffers[measured], self.buffers.numpy()[measured]
-            )
+            self.buffer_bound.measure(buffers[measured], self.buffers.numpy()[measured])
         sizes.update(reader.sizes)
         return upload, buffers
 

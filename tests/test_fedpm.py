@@ -340,7 +340,7 @@ def test_all_begin_at_one_probability(probability: float, bits: int) -> None:
     [
         ("prior", (0, 0.99, -1, INF, math.nan, None, True, "1")),
         ("reset_every", (0, -1, 1.5, None, True, "1")),
-        ("probability_bits", (0, 4, 32, None, True, "8")),
+        ("probability_bits", (0, 4, 32, 8.0, None, True, "8")),
         ("initial_probability", (0, 1, -0.1, math.nan, None, True, "0.5")),
         ("mask_code", ("entropy", None, 1)),
         ("network", ("mean", None, 1)),

@@ -32,6 +32,7 @@ from gwpf_baseline.methods.gwpf_paper import (
     GWPFPaperClient,
     GWPFPaperConfig,
     GWPFPaperStrategy,
+    GWPFUpload,
     consistency_votes,
     thaw_by_quorum,
 )
@@ -412,6 +413,37 @@ def _once(node: Node) -> Callable[[FitRes], FitRes]:
         return answer
 
     return tamper
+
+
+def test_what_was_thawed_stays_active_though_nobody_could_send_it() -> None:
+    """As where all answers to a follow-up get lost."""
+    config = GWPFPaperConfig(ema=0.75, tighten=False, thaw_quorum=0.5)
+    federation = ScriptedFederation(lively, config)
+    server, follow_ups = federation.strategy, 0
+    for _ in range(40):
+        for node in federation.nodes:
+            node.tamper = _once(node)
+        before = server.exchange
+        federation.play()
+        if server.exchange == before + 2:
+            follow_ups += 1
+            assert server.thawed.any() and server.mask[server.thawed].all()
+    assert follow_ups > 3
+
+
+@pytest.mark.parametrize("clients", [255, 256, 65_536])
+def test_votes_of_all_clients_are_counted(clients: int) -> None:
+    """However many clients there are."""
+    strategy = GWPFPaperStrategy(
+        nn.Linear(3, 1), config=GWPFPaperConfig(), num_clients=clients
+    )
+    strategy.mask = torch.zeros(4, dtype=torch.bool)
+    strategy.begin_exchange()
+    strategy.reset_sums()
+    upload = GWPFUpload(np.ones(4, np.bool_), np.zeros(0, np.float32))
+    for _ in range(clients):
+        strategy.add_upload(upload, 1.0)
+    assert strategy.vote_counts.tolist() == [clients] * 4
 
 
 def test_tighten_halves_once_for_each_upward_crossing_down_to_the_floor() -> None:

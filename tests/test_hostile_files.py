@@ -149,6 +149,8 @@ def test_every_value_of_a_servers_state_is_checked(
         ("stc", "method.step_sizes", [{"value": -1}]),
         ("fedpm", "method.masks", -1),
         ("fedpm", "method.masks", 2.5),
+        ("fedpm", "method.masks", 0),
+        ("fedpm", "method.masks", 10**6),
         ("apf", "method.in_step", ["x"]),
         ("apf", "method.in_step", 5),
     ],

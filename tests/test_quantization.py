@@ -335,7 +335,7 @@ def test_the_rounding_of_a_lost_upload_is_forgotten(method: str) -> None:
         assert_array_equal(after, before)
 
 
-@pytest.mark.parametrize("bits", [0, 1, 5, 64, 8.5, None, True, "8"])
+@pytest.mark.parametrize("bits", [0, 1, 5, 64, 8.5, 8.0, None, True, "8"])
 def test_wrong_bits_are_named(bits: Any) -> None:
     """One line says which."""
     with pytest.raises(ConfigError, match="quantization.bits="):

@@ -174,6 +174,17 @@ def test_local_epochs_are_whole_batches(
     assert cursor == steps * batch_size
 
 
+def test_evaluation_is_in_full_precision() -> None:
+    """Also in a process that has never trained, or has in another one."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.deterministic = False
+    evaluate(FlatModel(small_net()), DATA)
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.deterministic
+
+
 def test_training_learns_and_evaluation_measures() -> None:
     """Real digits, from guessing to mostly right; batches of any size agree."""
     model = FlatModel(small_net())
@@ -339,6 +350,18 @@ def test_the_ends_of_the_ranges_can_be_used() -> None:
         grad_clip=1e-12,
     )
     assert config.steps(1) == 1
+
+
+@pytest.mark.parametrize(
+    ("local_epochs", "batch_size", "examples", "steps"),
+    [(0.28, 1, 25, 7), (1.1, 5, 50, 11)],
+)
+def test_what_floats_make_of_a_share_is_no_batch_more(
+    local_epochs: float, batch_size: int, examples: int, steps: int
+) -> None:
+    """Though 0.28 times 25 is 7.000000000000001."""
+    config = TrainingConfig(local_epochs=local_epochs, batch_size=batch_size)
+    assert config.steps(examples) == steps
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import numpy as np
 
 from gwpf_baseline.exchange.coding import WireError
 from gwpf_baseline.exchange.payload import Part, Reader, Writer
-from gwpf_baseline.utils import ConfigError, FloatVector, is_number
+from gwpf_baseline.utils import ConfigError, FloatVector, is_whole
 
 # The signed integers that updates are rounded to, and travel as; those of fewer bits
 # have so few values that they are coded at their entropy.
@@ -49,7 +49,7 @@ class Quantization:
 
     def __post_init__(self) -> None:
         """Check every value."""
-        if not is_number(self.bits) or self.bits not in (32, *_LEVELS, *_CODED):
+        if not is_whole(self.bits) or self.bits not in (32, *_LEVELS, *_CODED):
             raise ConfigError(
                 "quantization.bits", self.bits, "one of 32, 16, 8, 4, 3, 2"
             )

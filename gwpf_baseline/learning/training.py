@@ -104,7 +104,9 @@ class TrainingConfig:
         """Return the iterations of a round for a client with so many examples."""
         if self.local_epochs is None:
             return self.local_steps
-        return math.ceil(self.local_epochs * num_examples / self.batch_size)
+        # 0.28 of 25 are 7, though as floats it is more.
+        exactly = self.local_epochs * num_examples / self.batch_size
+        return math.ceil(exactly * (1 - 1e-12))
 
     def lr_in(self, server_round: int) -> float:
         """Return the learning rate of a round."""
@@ -310,6 +312,8 @@ def evaluate(
     accuracy : float
         Share of correct answers.
     """
+    # Whoever evaluates may never have trained, or in another precision.
+    _set_precision("fp32")
     model.module.eval()
     loss, correct = 0.0, 0
     rows, *targets = data.test_targets.shape

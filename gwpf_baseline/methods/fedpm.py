@@ -102,7 +102,7 @@ class FedPMConfig:
                 "method.reset_every", self.reset_every, "a whole number >= 1"
             )
         bits = self.probability_bits
-        if not is_number(bits) or bits not in LEVELS:
+        if not is_whole(bits) or bits not in LEVELS:
             raise ConfigError("method.probability_bits", bits, "8 or 16")
         for key, known in (
             ("mask_code", ("density", "probabilities")),
@@ -228,8 +228,8 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
     ----------
     ones : numpy.ndarray
         uint16 ``(d,)``, ones among the masks since the last reset.
-    masks : int
-        How many masks these were.
+    masks, most_masks : int
+        How many masks these were, and how many there can be.
     new_ones, new_masks : numpy.ndarray, int
         The same of the exchange under way.
     expected : numpy.ndarray or None
@@ -257,6 +257,7 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
                 self.config.reset_every,
                 f"at most {most} for so many clients",
             )
+        self.most_masks = kwargs["num_clients"] * self.config.reset_every
         self.ones = np.zeros(self.dimension, np.uint16)
         self.masks = 0
         self.new_ones, self.new_masks = np.zeros(0, np.uint16), 0
@@ -346,6 +347,8 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
         """Take back what :meth:`method_state` returned."""
         self.masks = state.pop("masks")
         self.ones = as_arrays(state)["ones"]
+        if self.masks > self.most_masks or self.ones.max(initial=0) > self.masks:
+            raise ValueError(f"{self.ones.max(initial=0)} ones in {self.masks} masks")
 
 
 # ---- the client's half --------------------------------------------------------------

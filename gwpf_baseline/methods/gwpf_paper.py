@@ -124,7 +124,7 @@ def thaw_by_quorum(counts: np.ndarray, clients: int, quorum: float) -> BoolVecto
     Parameters
     ----------
     counts : numpy.ndarray
-        uint16 ``(m,)``, votes for each frozen coordinate.
+        unsigned ``(m,)``, votes for each frozen coordinate.
     clients : int
         Clients that voted.
     quorum : float
@@ -189,7 +189,9 @@ class GWPFPaperStrategy(SyncStrategy[GWPFUpload]):
         self.asked = self.mask
         self.count = self.sent = 0
         self.value_sum = torch.zeros(0)
-        self.vote_counts = np.zeros(0, np.uint16)
+        # The shortest type that holds a vote of every client.
+        self.count_type = np.min_scalar_type(self.roster.num_clients)
+        self.vote_counts = np.zeros(0, self.count_type)
         self.voters = 0
 
     def begin_exchange(self) -> None:
@@ -201,7 +203,7 @@ class GWPFPaperStrategy(SyncStrategy[GWPFUpload]):
     def reset_sums(self) -> None:
         """Start the sums and counts afresh."""
         self.value_sum = torch.zeros(self.count)
-        self.vote_counts = np.zeros(self.dimension - self.count, np.uint16)
+        self.vote_counts = np.zeros(self.dimension - self.count, self.count_type)
         self.voters = 0
 
     def request(self) -> BoolVector:
@@ -243,10 +245,20 @@ class GWPFPaperStrategy(SyncStrategy[GWPFUpload]):
             self.thawed = torch.from_numpy(thawed)
             same_round = self.config.thaw_exchange == "same_round"
             self.mask = torch.from_numpy(keep if same_round else keep | thawed)
-        if self.config.tighten and not self.wants_follow_up():
+        if not self.wants_follow_up():
+            self._tighten()
+        return asked
+
+    def abandon_exchange(self) -> None:
+        """Leave active what was thawed, though nobody has sent it."""
+        if self.follow_up:
+            self.mask = self.mask | self.thawed
+            self._tighten()
+
+    def _tighten(self) -> None:
+        if self.config.tighten:
             active = int(np.count_nonzero(self.mask.numpy()))
             self.stability.tighten(1.0 - active / self.dimension)
-        return asked
 
     def wants_follow_up(self) -> bool:
         """Ask at once for what was thawed, if it is to be the same round."""
