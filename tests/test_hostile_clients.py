@@ -164,6 +164,19 @@ def test_nobody_waits_for_a_node_that_does_not_say_who_it_is() -> None:
     assert thinking.received
 
 
+def test_a_hundred_that_do_not_say_who_they_are_keep_nobody_waiting() -> None:
+    """Though they came first, and are asked first."""
+    federation = small(THREE, BRIEF, connect_timeout=5)
+    thinking = threading.Event()
+    nodes = [claiming(federation, f"quiet {n}", thinking, 0) for n in range(100)]
+    crowd = Federation(federation.strategy, [*nodes, *federation.nodes])
+    try:
+        assert crowd.play().clients == 3
+        federation.strategy.roster.ask_to_save(1, 0)
+    finally:
+        thinking.set()
+
+
 def test_distinct_partitions_count_before_the_first_round() -> None:
     """Three nodes are not three clients."""
     federation = small(THREE, BRIEF, connect_timeout=0)

@@ -14,7 +14,10 @@ from gwpf_baseline.utils import ConfigError, derive_seed, is_whole, one_line
 
 log = logging.getLogger(__name__)
 
-_MAX_THREADS = 64
+# Nodes that are asked at a time who they are, and clients that save. Apart, so that
+# those who never say who they are keep nobody waiting.
+_MOST_ASKED = 512
+_MOST_SAVING = 64
 # Seconds that a round waits for new nodes to say who they are; others join a later one.
 _PATIENCE = 2.0
 _POLL = 0.2
@@ -107,7 +110,8 @@ class Roster:
         self._holders: dict[int, str] = {}
         self._failing: set[int] = set()
         self._standings: dict[int, Standing] = {}
-        self._pool = ThreadPoolExecutor(_MAX_THREADS)
+        self._asking = ThreadPoolExecutor(_MOST_ASKED)
+        self._saving = ThreadPoolExecutor(_MOST_SAVING)
         self._complete = False
 
     def sample(self, server_round: int, client_manager: ClientManager) -> list[int]:
@@ -202,7 +206,9 @@ class Roster:
             "committed": committed,
         }
         asked = {
-            client: self._ask(self.proxy(client), config, limit)
+            client: self._saving.submit(
+                self._partition_of, self.proxy(client), config, limit
+            )
             for client in sorted(self._holders)
         }
         wait(asked.values(), limit)
@@ -291,7 +297,10 @@ class Roster:
         for node in self._nodes.values():
             unknown = node.partition is None and node.question is None
             if unknown and node.ask_in <= server_round:
-                node.question = self._ask(node.proxy, {}, max(1, self.connect_timeout))
+                limit = max(1, self.connect_timeout)
+                node.question = self._asking.submit(
+                    self._partition_of, node.proxy, {}, limit
+                )
                 asked.append(node.question)
         wait(asked, _PATIENCE)
         new = []
@@ -334,15 +343,10 @@ class Roster:
             self._holders[client] = holder
         self._failing.clear()
 
-    def _ask(
-        self, proxy: ClientProxy, config: dict[str, Scalar], limit: float
-    ) -> "Future[int | None]":
-        """Ask a node which partition it serves; None if it gives no sound answer."""
-        return self._pool.submit(self._partition_of, proxy, config, limit)
-
     def _partition_of(
         self, proxy: ClientProxy, config: dict[str, Scalar], limit: float
     ) -> int | None:
+        """Ask a node which partition it serves; None if it gives no sound answer."""
         try:
             question = GetPropertiesIns(config)
             answer = proxy.get_properties(question, limit, group_id=None)
