@@ -145,9 +145,11 @@ def as_config_error(error: Exception, overrides: Sequence[str] = ()) -> ConfigEr
     if isinstance(error, MissingConfigException) and error.options:
         group, _, value = str(error.missing_cfg_file).rpartition("/")
         return ConfigError(group, value, f"one of {', '.join(sorted(error.options))}")
-    if isinstance(error, OSError):
-        allowed = f"one to write to ({error.strerror}), by hydra.run.dir=..."
-        return ConfigError("output folder", error.filename, allowed)
+    # Hydra's logging tells a folder that it cannot write to by another error's cause.
+    system = error if isinstance(error, OSError) else error.__cause__
+    if isinstance(system, OSError) and system.filename:
+        allowed = f"one to write to ({system.strerror}), by hydra.run.dir=..."
+        return ConfigError("output folder", system.filename, allowed)
     given = dict(text.lstrip("+~").partition("=")[::2] for text in overrides)
     unknown = re.match("Could not override '(.+)'", str(error))
     if unknown:
@@ -390,6 +392,9 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             OmegaConf.update(saved, key, value)
         elif value != before:
             raise ConfigError(key, value, f"{before}, as in the run to resume")
+    # An experiment is no key, but many values.
+    if any(override.lstrip("+").startswith("experiment=") for override in overrides):
+        _check_same(saved, cfg)
     return checked(saved)
 
 
@@ -408,7 +413,11 @@ def check_same_run(cfg: DictConfig) -> None:
     ConfigError
         Not a run's folder, or a value that would change the run's history.
     """
-    before, now = _leaves(_saved_config(Path(cfg.resume))), _leaves(cfg)
+    _check_same(_saved_config(Path(cfg.resume)), cfg)
+
+
+def _check_same(saved: DictConfig, cfg: DictConfig) -> None:
+    before, now = _leaves(saved), _leaves(cfg)
     for key in sorted(before.keys() | now.keys()):
         if key not in RESUMABLE and before.get(key) != now.get(key):
             allowed = f"{before.get(key)}, as in the run to resume"

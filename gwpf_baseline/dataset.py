@@ -90,15 +90,16 @@ def _load(settings: Settings, cache_dir: Path) -> TaskData:
     existed = os.path.lexists(folder)  # asked first: another process may soon finish
     with suppress(Exception):  # not there yet, or damaged in whichever way
         return _map_arrays(folder, settings.metric)
+    # Only a whole cache is given its name: whoever is killed leaves but a temporary
+    # folder behind, and of several processes at once the first to finish wins.
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
+        scratch_dir = tempfile.TemporaryDirectory(prefix="tmp-", dir=cache_dir)
     except OSError as error:
         raise ConfigError(
             "dataset.cache_dir", cache_dir, "a folder that can be written to"
         ) from error
-    # Only a whole cache is given its name: whoever is killed leaves but a temporary
-    # folder behind, and of several processes at once the first to finish wins.
-    with tempfile.TemporaryDirectory(prefix="tmp-", dir=cache_dir) as scratch:
+    with scratch_dir as scratch:
         if existed:
             with suppress(FileNotFoundError):
                 os.rename(folder, Path(scratch, "damaged"))
@@ -219,7 +220,11 @@ def _partition(
     rows = np.concatenate(parts)
     bounds = np.cumsum([len(part) for part in parts])[:-1]
     if file is not None:
-        with tempfile.TemporaryDirectory(prefix="tmp-", dir=file.parent) as scratch:
+        # Who may only read the cache divides anew each time.
+        with (
+            suppress(OSError),
+            tempfile.TemporaryDirectory(prefix="tmp-", dir=file.parent) as scratch,
+        ):
             fresh = Path(scratch, file.name)
             np.savez(fresh, rows=rows, bounds=bounds)
             os.replace(fresh, file)

@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import logging  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Any, NoReturn  # noqa: E402
+from typing import Any  # noqa: E402
 
 import hydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
@@ -26,6 +26,7 @@ from gwpf_baseline.config import (  # noqa: E402
     workbench,
 )
 from gwpf_baseline.local import in_process  # noqa: E402
+from gwpf_baseline.records.checkpoint import CheckpointFolder  # noqa: E402
 from gwpf_baseline.server_app import check_resume, run_server  # noqa: E402
 from gwpf_baseline.utils import ConfigError, RunError  # noqa: E402
 
@@ -78,31 +79,46 @@ def _set_up_logging(console: Console, verbose: bool) -> None:
     flower.setLevel(logging.INFO if verbose else logging.CRITICAL)
 
 
-def _job(cfg: DictConfig) -> None:
+def _job(cfg: DictConfig) -> int:
+    """Run one job, which may be one of several; return its exit code."""
     console = Console()
+    folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         cfg = checked(cfg)
         if cfg.resume:
             cfg = resumed(cfg, HydraConfig.get().overrides.task)
         _set_up_logging(console, cfg.verbose)
-        run_experiment(cfg, Path(HydraConfig.get().runtime.output_dir), console)
+        run_experiment(cfg, folder, console)
     except ConfigError as error:
-        _exit(error)
+        return _say(error)
     except RunError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.filename is None or folder not in Path(error.filename).parents:
+            raise
+        return _say(as_config_error(error))
+    except KeyboardInterrupt:
+        rounds = CheckpointFolder(folder).rounds()
+        mend = f"; resume={folder} goes on after round {max(rounds)}" if rounds else ""
+        print(f"stopped{mend}", file=sys.stderr)
+        sys.exit(130)
+    return 0
 
 
 def main() -> None:
     """Run the command line; what the user got wrong ends in one line and code 2."""
     # Hydra would print its own many lines and exit with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    codes = []
     begun = False
 
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
     def job(cfg: DictConfig) -> None:
         nonlocal begun
         begun = True
-        _job(cfg)
+        # The other jobs of a sweep still have their turn.
+        codes.append(_job(cfg))
 
     try:
         job()  # pylint: disable=no-value-for-parameter
@@ -110,12 +126,13 @@ def main() -> None:
     except Exception as error:  # pylint: disable=broad-exception-caught
         if begun:
             raise
-        _exit(as_config_error(error, sys.argv[1:]))
+        codes.append(_say(as_config_error(error, sys.argv[1:])))
+    sys.exit(max(codes, default=0))
 
 
-def _exit(error: ConfigError) -> NoReturn:
+def _say(error: ConfigError) -> int:
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    return 2
 
 
 if __name__ == "__main__":

@@ -32,15 +32,18 @@ from gwpf_baseline.config import (
 )
 from gwpf_baseline.learning.flat_model import FlatModel, to_ndarrays
 from gwpf_baseline.learning.training import evaluate
+from gwpf_baseline.methods.shared.network_file import NETWORK_FILE
 from gwpf_baseline.records.checkpoint import CheckpointFolder, StateError
 from gwpf_baseline.records.display import Display, closing_table
-from gwpf_baseline.records.history import History
+from gwpf_baseline.records.history import SUMMARY_FILE, History
+from gwpf_baseline.records.layers import LAYERS_FILE
 from gwpf_baseline.strategy import Callback, SyncStrategy
 from gwpf_baseline.utils import ConfigError, pick_device, run_folder
 
 log = logging.getLogger(__name__)
 
 
+MODEL_FILE = "model.safetensors"
 _MOST_MESSAGES = 128  # on their way at a time, to nodes of a grid
 
 
@@ -147,8 +150,6 @@ def run_server(
     dict
         The contents of ``summary.json``.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, folder / "config.yaml")
     bench = workbench(cfg)
     history = History(folder)
     metric = bench.data.metric
@@ -160,8 +161,9 @@ def run_server(
     ]
     if cfg.checkpoint_every:
         callbacks.append(Checkpoints(CheckpointFolder(folder), cfg.checkpoint_every))
-    if cfg.stop_at is not None:
-        callbacks.append(StopAt(cfg.stop_at, metric))
+    stop = None if cfg.stop_at is None else StopAt(cfg.stop_at, metric)
+    if stop is not None:
+        callbacks.append(stop)
     strategy = make_strategy(cfg, bench, callbacks)
     if cfg.resume:
         try:
@@ -169,6 +171,11 @@ def run_server(
         except StateError as error:
             allowed = f"the folder of a run of this configuration ({error})"
             raise ConfigError("resume", cfg.resume, allowed) from error
+        # It may have been killed after its last round.
+        if stop is not None:
+            strategy.finished = stop.after_round(strategy, strategy.records[-1])
+    _take_over(folder, cfg)
+    if cfg.resume:
         history.restore(strategy.records)
     if cfg.layers_every:
         strategy.callbacks.append(Layers(strategy, folder, cfg.layers_every))
@@ -176,21 +183,13 @@ def run_server(
     server = Server(client_manager=SimpleClientManager(), strategy=strategy)
     with display:
         play(server, ServerConfig(remaining, cfg.round_timeout))
-    summary = history.write_summary(
-        method=cfg.method.name,
-        dataset=cfg.dataset.name,
-        model=cfg.model.name,
-        seed=cfg.seed,
-        parameters=strategy.dimension,
-        metric=metric,
-    )
     # Takes half a second, which no run has to wait for at its start.
     # pylint: disable-next=import-outside-toplevel
     from gwpf_baseline.records.plots import plot_history
 
     plot_history(history.records, folder)
     history.close()
-    save_model(strategy, folder / "model.safetensors")
+    save_model(strategy, folder / MODEL_FILE)
     options = {key: value for key, value in cfg.model.items() if key != "name"}
     strategy.export(
         folder,
@@ -201,9 +200,32 @@ def run_server(
             "options": options,
         },
     )
+    # The last file, by which a run is known to be whole.
+    summary = history.write_summary(
+        method=cfg.method.name,
+        dataset=cfg.dataset.name,
+        model=cfg.model.name,
+        seed=cfg.seed,
+        parameters=strategy.dimension,
+        metric=metric,
+    )
     console.print(closing_table(summary))
     console.print(f"Results are in {folder}", soft_wrap=True, markup=False)
     return summary
+
+
+def _take_over(folder: Path, cfg: DictConfig) -> None:
+    """Make a folder this run's: nothing of an earlier one is to be taken for its own.
+
+    Called once nothing can keep the run from beginning, so that who mistypes an option
+    loses nothing.
+    """
+    (folder / SUMMARY_FILE).unlink(missing_ok=True)
+    if not cfg.resume or Path(cfg.resume).resolve() != folder.resolve():
+        for name in (MODEL_FILE, NETWORK_FILE, LAYERS_FILE, "frozen.png"):
+            (folder / name).unlink(missing_ok=True)
+        CheckpointFolder(folder).clear()
+    OmegaConf.save(cfg, folder / "config.yaml")
 
 
 def save_model(strategy: SyncStrategy, file: Path) -> None:
@@ -236,11 +258,12 @@ def check_resume(cfg: DictConfig) -> None:
     Raises
     ------
     ConfigError
-        No checkpoint, or all rounds are done.
+        No checkpoint, or all rounds are done, and all files written.
     """
     if cfg.resume:
         done = CheckpointFolder(cfg.resume).latest()
-        if done >= cfg.num_rounds:
+        whole = Path(cfg.resume, SUMMARY_FILE).exists()
+        if done > cfg.num_rounds or (done == cfg.num_rounds and whole):
             raise ConfigError(
                 "num_rounds", cfg.num_rounds, f"more than the {done} rounds done"
             )

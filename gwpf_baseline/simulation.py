@@ -26,7 +26,7 @@ from flwr.common import (
     Status,
 )
 from omegaconf import DictConfig, OmegaConf
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from gwpf_baseline.client_app import Worker
 from gwpf_baseline.local import SimulatedNode, among
@@ -201,7 +201,7 @@ class Pool:
                 self._load[worker] = 0
             else:
                 # For example, because the data is not on its machine.
-                self._drop(worker, f"cannot take part: {error}")
+                self._drop(worker, f"cannot take part: {_cause(error)}")
             self._pass_on()
 
     def _room(self) -> int:
@@ -280,9 +280,14 @@ class RayNode(SimulatedNode):
                 # So the client is lost, and will say so.
                 self.forget()
             self.pool.answered(worker, error)
-            raise
+            raise _cause(error) from None
         self.pool.answered(worker, None)
         return result
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what went wrong on a worker; Ray's own words for it begin far away."""
+    return error.cause if isinstance(error, RayTaskError) else error
 
 
 # Workers outlive a run: those of a sweep import and load but once. At most one pool, as

@@ -6,7 +6,7 @@ import math
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,10 @@ class ConfigError(ValueError):
     def __init__(self, key: str, value: object, allowed: str) -> None:
         given = f"{one_line(key)}={one_line(value)}"
         super().__init__(f"{given}: must be {one_line(allowed, 1000)}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the line alone: from another process, that is all there is to tell."""
+        return ConfigError.__new__, (ConfigError, str(self))
 
 
 class RunError(RuntimeError):

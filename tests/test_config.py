@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import pickle
 import subprocess
 import sys
 import tomllib
@@ -480,3 +481,11 @@ def test_threads_that_start_at_once_draw_the_same_initial_weights() -> None:
     with ThreadPoolExecutor(8) as pool:
         benches = list(pool.map(workbench, [cfg] * 8))
     assert all(bench is benches[0] for bench in benches)
+
+
+def test_an_error_comes_whole_from_another_process() -> None:
+    """As from a worker, by pickle; whatever its value is."""
+    error = ConfigError("lr", lambda: None, "a number > 0")
+    copied = pickle.loads(pickle.dumps(error))
+    assert (type(copied), str(copied)) == (ConfigError, str(error))
+    assert str(copied).endswith(": must be a number > 0")

@@ -15,6 +15,7 @@ import sys
 import time
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO
@@ -238,6 +239,25 @@ def test_datasets_are_found_under_gwpf_data(
     monkeypatch.setenv("GWPF_DATA", str(tmp_path))
     assert load_data(config("mnist")).input_shape == (1, 8, 8)
     assert load_data(config("digits")).input_shape == (1, 28, 28)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    monkeypatch.setenv("GWPF_DATA", f"~/{tmp_path.name}")
+    assert load_data(config("mnist")).input_shape == (1, 8, 8)
+    monkeypatch.setenv("GWPF_DATA", str(tmp_path / "gone"))
+    with pytest.raises(ConfigError, match="GWPF_DATA=.*gone: must be a folder"):
+        load_data(config("mnist"))
+
+
+def test_who_cannot_write_to_the_cache(tmp_path: Path) -> None:
+    """Is told where data have to be decoded, and divides them anew where they are."""
+    with pytest.raises(ConfigError, match="dataset.cache_dir=/proc: must be"):
+        load_data(config("digits", cache_dir="/proc"))
+    data = load_data(config("digits"))
+    gone = replace(data, folder=tmp_path / "gone")
+    iid = scheme("iid")
+    assert_array_equal(
+        np.concatenate(partition_indices(gone, iid, 3, 0)),
+        np.concatenate(partition_indices(data, iid, 3, 0)),
+    )
 
 
 def test_parquet_like_femnist(tmp_path: Path) -> None:

@@ -1,11 +1,15 @@
 """The command line: what it says where nothing, or Ray, cannot start."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from gwpf_baseline.records.checkpoint import CheckpointFolder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -37,6 +41,9 @@ def only_line(
         ("connect_timeout=nan", "connect_timeout=nan: must be a number >= 0"),
         ("lr=" + "[" * 2000, "overrides="),
         ("hydra.run.dir=file/run", "output folder="),
+        ("hydra.run.dir=used", "output folder="),
+        ("--config-name=foo", "overrides=Cannot find primary config 'foo'"),
+        ("method=[gwpf,fedavg]", "method.vote_fraction=0.04: must be left out"),
         ("dataset.test_fraction=0.99999", "dataset.test_fraction=0.99999: must be"),
     ],
 )
@@ -45,6 +52,7 @@ def test_what_cannot_be_meant_is_one_line_and_code_2(
 ) -> None:
     """Whoever finds it: Hydra, the check, or who loads the data; Ray never starts."""
     (tmp_path / "file").touch()
+    (tmp_path / "used" / "main.log").mkdir(parents=True)
     no_ray = {"RAY_TMPDIR": str(tmp_path / "file")}
     line = only_line(tmp_path, 2, no_ray, override)
     assert line.startswith(f"error: {message}")
@@ -65,3 +73,42 @@ def test_a_ray_that_cannot_start_is_one_line_and_code_1(
     line = only_line(REPOSITORY, 1, somewhere, "num_rounds=1", folder_of_run)
     assert line.startswith("error: Ray could not start: ")
     assert reason in line and "RAY_TMPDIR" in line
+
+
+def test_a_sweep_goes_on_after_a_job_that_cannot_be_meant(tmp_path: Path) -> None:
+    """The others are run; in the end, the code tells that not all were."""
+    process = subprocess.run(
+        [sys.executable, "-m", "gwpf_baseline.main", "--multirun", "backend=local"]
+        + ["num_rounds=1", "num_clients=2,5000,3", f"hydra.sweep.dir={tmp_path}"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert process.returncode == 2
+    [line] = process.stderr.splitlines()
+    assert line.startswith("error: num_clients=5000: must be")
+    whole = {file.parent.name for file in tmp_path.glob("*/summary.json")}
+    assert whole == {"0", "2"}
+
+
+def test_who_stops_a_run_is_told_how_it_goes_on(tmp_path: Path) -> None:
+    """In one line, with the code of an interrupted process."""
+    command = ["backend=local", "checkpoint_every=1", "num_rounds=10000"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "gwpf_baseline.main", *command]
+        + [f"hydra.run.dir={tmp_path}"],
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not CheckpointFolder(tmp_path).rounds() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    [line] = told.splitlines()
+    assert line.startswith(f"stopped; resume={tmp_path} goes on after round ")

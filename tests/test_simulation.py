@@ -143,6 +143,18 @@ def test_a_worker_that_dies_costs_a_round_of_what_it_held(tmp_path: Path) -> Non
     assert not any(failures[:3] + failures[20:])
 
 
+def test_a_clients_error_is_told_in_its_own_words(tmp_path: Path) -> None:
+    """Not by the beginning of what Ray says of it, which is a place in its code."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(*SMALL, "num_rounds=2", "checkpoint_every=2", f"hydra.run.dir={first}")
+    for file in first.glob("checkpoints/*/client-*"):
+        file.write_bytes(b"damaged")
+    output = run(f"resume={first}", "num_rounds=3", f"hydra.run.dir={second}")
+    # Rich breaks its lines where it likes.
+    assert "areadablecheckpoint" in "".join(output.split())
+    assert failures_of(second)[2] == 3
+
+
 def test_nobody_waits_for_answers_that_do_not_come(tmp_path: Path) -> None:
     """A limit of a millisecond: each round is an empty one, and the run says so."""
     limits = ["round_timeout=0.001", "max_empty_rounds=2"]

@@ -175,9 +175,12 @@ def _find_folder(cfg: DictConfig) -> Path | None:
             # Else who forgets to name the dataset would train on digits unawares.
             raise ConfigError("dataset.path", path, f"null, as {cfg.name} is built in")
         return None
-    if path is None and "GWPF_DATA" in os.environ:
-        shared = Path(os.environ["GWPF_DATA"], cfg.name)
-        path = shared if shared.is_dir() else None
+    if path is None and os.environ.get("GWPF_DATA"):
+        shared = Path(os.environ["GWPF_DATA"]).expanduser()
+        if not shared.is_dir():
+            # Else who has mistyped it would wait for the hub, and be told of that.
+            raise ConfigError("GWPF_DATA", shared, "a folder of data sets, or not set")
+        path = shared / cfg.name if (shared / cfg.name).is_dir() else None
     if path is None and cfg.get("hub") is not None:
         return None
     if path is None or not Path(str(path)).expanduser().is_dir():

@@ -133,5 +133,8 @@ def load_method(options: dict[str, Any]) -> tuple[Method, Any]:
     names = [field.name for field in fields(method.config)]
     for key, value in values.items():
         if key not in names:
-            raise ConfigError(f"method.{key}", value, f"one of {', '.join(names)}")
+            allowed = f"one of {', '.join(names)}"
+            if not names:
+                allowed = f"left out, as {module} has no hyper-parameters"
+            raise ConfigError(f"method.{key}", value, allowed)
     return method, method.config(**values)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -27,6 +28,7 @@ _UNREADABLE = (
     AttributeError,
 )
 _SERVER = "server.safetensors"
+_FOLDER = re.compile(r"round-(\d{6,})")
 
 
 class StateError(ValueError):
@@ -64,18 +66,19 @@ class CheckpointFolder:
         state : mapping of str to object
             Tensors, and values that JSON holds.
         """
-        folder = self._folder(server_round)
-        save_state(folder / _SERVER, state)
-        for other in self.path.iterdir():
-            if other != folder:
-                shutil.rmtree(other, ignore_errors=True)
+        save_state(self._folder(server_round) / _SERVER, state)
+        self.clear(keep=server_round)
+
+    def clear(self, keep: int | None = None) -> None:
+        """Remove the checkpoints, but for that of one round; nothing else that is there."""
+        for number, folder in self._folders().items():
+            if number != keep:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def rounds(self) -> list[int]:
         """Return the rounds of the complete checkpoints."""
-        return [
-            int(file.parent.name.removeprefix("round-"))
-            for file in self.path.glob(f"round-*/{_SERVER}")
-        ]
+        folders = self._folders().items()
+        return [number for number, folder in folders if (folder / _SERVER).exists()]
 
     def latest(self) -> int:
         """Return the round of the newest complete checkpoint.
@@ -123,6 +126,11 @@ class CheckpointFolder:
 
     def _folder(self, server_round: int) -> Path:
         return self.path / f"round-{server_round:06d}"
+
+    def _folders(self) -> dict[int, Path]:
+        """Return what is there of checkpoints, whole or not, by their rounds."""
+        found = ((_FOLDER.fullmatch(path.name), path) for path in self.path.glob("*"))
+        return {int(match[1]): path for match, path in found if match}
 
 
 def as_tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:

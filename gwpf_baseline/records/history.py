@@ -199,6 +199,10 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))  # beyond that a float overflows
 
 
+#: Written at a run's end, with what it comes to.
+SUMMARY_FILE = "summary.json"
+
+
 class History:
     """The records of a run, in memory and in the run's folder.
 
@@ -335,7 +339,7 @@ class History:
         """
         summary = self.summary(**run)
         text = json.dumps(summary, indent=2, allow_nan=False)
-        (self.folder / "summary.json").write_text(text + "\n", encoding="utf-8")
+        (self.folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
         return summary
 
     def close(self) -> None:

@@ -1,0 +1,101 @@
+"""What a run finds in its folder, and what it leaves there."""
+
+import io
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from gwpf_baseline.config import checked, compose_config, resumed
+from gwpf_baseline.main import run_experiment
+from gwpf_baseline.records.checkpoint import CheckpointFolder
+from gwpf_baseline.records.history import read_history
+from gwpf_baseline.records.layers import read_layers
+from gwpf_baseline.utils import ConfigError
+
+BRIEF = ["backend=local", "num_clients=3", "local_steps=1", "batch_size=10"]
+
+
+def played(folder: Path, *overrides: str) -> None:
+    """Play a run in this process."""
+    cfg = checked(compose_config([*BRIEF, *overrides]))
+    run_experiment(cfg, folder, Console(file=io.StringIO()))
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Return the bytes of all files."""
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_folder_is_taken_over_whole(tmp_path: Path) -> None:
+    """Nothing that another run has left is taken for this one's; the rest stays."""
+    every = ("layers_every=1", "checkpoint_every=1")
+    played(tmp_path, "num_rounds=2", "method=fedpm", *every)
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    assert (tmp_path / "network.mask").is_file() and read_layers(
+        tmp_path / "layers.csv"
+    )
+    played(tmp_path, "num_rounds=1")
+    for gone in ("network.mask", "layers.csv"):
+        assert not (tmp_path / gone).exists()
+    assert CheckpointFolder(tmp_path).rounds() == []
+    assert len(read_history(tmp_path)) == 1
+    assert (tmp_path / "notes.txt").is_file()
+
+
+def test_a_run_that_cannot_begin_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    """Also if only the method finds what is wrong; a new folder is then no run's."""
+    played(tmp_path / "done", "num_rounds=1")
+    before = contents(tmp_path)
+    for folder in ("done", "new"):
+        with pytest.raises(ConfigError, match="weighting"):
+            played(tmp_path / folder, "method=fedpm", "weighting=examples")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("end", [["num_rounds=3"], ["num_rounds=6", "stop_at=0.03"]])
+def test_a_run_that_was_killed_at_its_end_can_be_finished(
+    tmp_path: Path, end: list[str]
+) -> None:
+    """After the last checkpoint, before the last file; no round is played again."""
+    played(tmp_path, "checkpoint_every=1", *end)
+    rounds = read_history(tmp_path)
+    assert len(rounds) < 6
+    model, summary = tmp_path / "model.safetensors", tmp_path / "summary.json"
+    before = model.read_bytes(), summary.read_bytes()
+    model.unlink()
+    summary.unlink()
+    played(tmp_path, "checkpoint_every=1", *end, f"resume={tmp_path}")
+    assert read_history(tmp_path) == rounds
+    assert (model.read_bytes(), summary.read_bytes()) == before
+
+
+def test_a_run_that_is_whole_has_nothing_to_resume(tmp_path: Path) -> None:
+    """Unless it is to be longer."""
+    played(tmp_path, "checkpoint_every=1", "num_rounds=2")
+    with pytest.raises(ConfigError, match="more than the 2 rounds done"):
+        played(tmp_path, "num_rounds=2", f"resume={tmp_path}")
+    played(tmp_path, "num_rounds=3", f"resume={tmp_path}")
+    assert len(read_history(tmp_path)) == 3
+
+
+def test_what_is_no_checkpoint_is_let_alone(tmp_path: Path) -> None:
+    """As a copy of one that somebody has put beside it."""
+    played(tmp_path, "checkpoint_every=1", "num_rounds=1")
+    folder = CheckpointFolder(tmp_path)
+    copy = folder.path / "round-000001.bak"
+    shutil.copytree(folder.path / "round-000001", copy)
+    played(tmp_path, "checkpoint_every=1", "num_rounds=2", f"resume={tmp_path}")
+    assert folder.rounds() == [2] and copy.is_dir()
+
+
+def test_another_experiment_is_no_run_to_resume(tmp_path: Path) -> None:
+    """The same one may be repeated, as any override may."""
+    experiment = "experiment=fedpm_mnist-small"
+    played(tmp_path, "checkpoint_every=1", "num_rounds=1")
+    cfg = compose_config([experiment, f"resume={tmp_path}"])
+    with pytest.raises(ConfigError, match="as in the run to resume"):
+        resumed(cfg, [experiment, f"resume={tmp_path}"])
+    again = compose_config([*BRIEF, f"resume={tmp_path}", "num_rounds=2"])
+    assert resumed(again, [*BRIEF, "num_rounds=2"]).num_rounds == 2
