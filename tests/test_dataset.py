@@ -15,7 +15,6 @@ import sys
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import replace
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO

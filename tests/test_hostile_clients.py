@@ -529,6 +529,17 @@ def test_follow_ups_are_no_measure_of_whole_updates() -> None:
     assert federation.strategy.exchange > 30
 
 
+def _crowd(federation: Federation, votes: int, answer: FitRes) -> FitRes:
+    """Answer with so many votes, each of them small."""
+    strategy: Any = federation.strategy
+    writer = Writer(payload_of(answer.parameters, federation).header)
+    places = np.arange(votes)
+    update = Ternary(places, places % 2 == 0, np.float32(1e-3))
+    write_ternary(writer, update, 395, strategy.activity)
+    writer.vector(strategy.buffers.numpy(), part=Part.BUFFERS)
+    return replace(answer, parameters=to_parameters(writer.payload()))
+
+
 @pytest.mark.parametrize(
     ("method", "options"), [("gwpf", {"vote_fraction": 0.04}), ("stc", {"up": 0.04})]
 )
@@ -538,17 +549,7 @@ def test_nobody_votes_for_more_than_its_share(
     """However short the update is; of 395 coordinates 4 % are sixteen."""
     for votes, failures in ((16, 0), (17, 1), (395, 1)):
         federation = small([50] * 4, BRIEF, method, options)
-        strategy: Any = federation.strategy
-
-        def crowd(answer: FitRes, votes: int = votes, held: Any = strategy) -> FitRes:
-            writer = Writer(payload_of(answer.parameters, federation).header)
-            places = np.arange(votes)
-            update = Ternary(places, places % 2 == 0, np.float32(1e-3))
-            write_ternary(writer, update, 395, held.activity)
-            writer.vector(held.buffers.numpy(), part=Part.BUFFERS)
-            return replace(answer, parameters=to_parameters(writer.payload()))
-
-        federation.nodes[2].tamper = crowd
+        federation.nodes[2].tamper = partial(_crowd, federation, votes)
         record = federation.play()
         assert (record.failures, record.clients) == (failures, 4 - failures)
 

@@ -49,7 +49,7 @@ class _Node:
 
     proxy: ClientProxy
     partition: int | None = None
-    question: "Future[int | None] | None" = None
+    question: Future[int | None] | None = None
     attempts: int = 0
     ask_in: int = 0
     silences: int = 0

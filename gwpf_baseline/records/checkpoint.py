@@ -70,7 +70,7 @@ class CheckpointFolder:
         self.clear(keep=server_round)
 
     def clear(self, keep: int | None = None) -> None:
-        """Remove the checkpoints, but for that of one round; nothing else that is there."""
+        """Remove all checkpoints, but for one round's; other files are let alone."""
         for number, folder in self._folders().items():
             if number != keep:
                 shutil.rmtree(folder, ignore_errors=True)
