@@ -83,7 +83,7 @@ def play(options: Namespace) -> tuple[np.ndarray, np.ndarray, list[Layer]]:
                 "method.check_every=1",
                 "method.threshold=0.1",
                 "num_clients=2",
-                "partition=pathological",
+                "partition=disjoint",
                 "partition.classes_per_client=5",
                 f"dataset.path={options.data / 'cifar10'}",
                 f"num_rounds={options.rounds}",

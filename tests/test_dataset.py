@@ -940,6 +940,7 @@ PARTITIONS = [
     scheme("iid"),
     scheme("dirichlet", alpha=0.3),
     scheme("pathological"),
+    scheme("disjoint"),
     scheme("natural_id"),
 ]
 
@@ -1097,6 +1098,23 @@ def test_pathological_clients_have_so_many_classes(count: int) -> None:
     assert len(rows) == len(set(rows))
 
 
+@pytest.mark.parametrize(
+    ("clients", "count"), [(5, 2), (2, 5), (10, 1), (8, 3), (3, 10)]
+)
+def test_classes_are_dealt_out_in_turn(clients: int, count: int) -> None:
+    """So many to each client; none goes unused, and as many have each, but for one."""
+    cfg = scheme("disjoint", classes_per_client=count)
+    parts = partition_indices(labelled(LABELS), cfg, clients, seed=1)
+    hands = [set(LABELS[part].tolist()) for part in parts]
+    assert [len(hand) for hand in hands] == [count] * clients
+    owners = [sum(label in hand for hand in hands) for label in range(10)]
+    assert min(owners) >= 1 and max(owners) - min(owners) <= 1
+    for label in range(10):
+        shares = [int((LABELS[part] == label).sum()) for part in parts]
+        shares = [share for share in shares if share]
+        assert sum(shares) == 60 and max(shares) - min(shares) <= 1
+
+
 def test_with_as_many_clients_as_ids_client_i_is_the_ith(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -1149,6 +1167,11 @@ def test_surplus_ids_are_dealt_out_by_the_seed() -> None:
             scheme("pathological", classes_per_client=0),
             2,
             "partition.classes_per_client=0: must be a whole number from 1 to 10",
+        ),
+        (
+            scheme("disjoint", classes_per_client=1),
+            4,
+            "partition.classes_per_client=1: must be a whole number from 3 to 10, the",
         ),
         (
             scheme("pathological", classes_per_client=10),

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from gwpf_baseline.data.task import TaskData
 from gwpf_baseline.utils import ConfigError, derive_seed, is_number, is_whole
 
-PARTITIONS = ("iid", "dirichlet", "pathological", "natural_id")
+PARTITIONS = ("iid", "dirichlet", "pathological", "disjoint", "natural_id")
 
 
 def divide(
@@ -34,8 +34,11 @@ def divide(
     partitioner = _partitioner(data, cfg, num_clients, seed)
     # Partitioners see labels and row numbers only, so that no input is touched.
     table = {"label": data.strata, "row": np.arange(len(data.strata))}
-    if isinstance(partitioner, NaturalIdPartitioner) and data.natural_ids is not None:
+    if cfg["name"] == "natural_id" and data.natural_ids is not None:
         table["client"] = _deal(data.natural_ids, num_clients, seed)
+    elif cfg["name"] == "disjoint":
+        count = cfg["classes_per_client"]
+        table["client"] = _in_turn(data.strata, count, num_clients, seed)
     rows = datasets.Dataset.from_dict(table)
     if isinstance(partitioner, IidPartitioner):  # which cuts without shuffling
         rows = rows.shuffle(seed=seed)
@@ -67,6 +70,20 @@ def _deal(ids: NDArray[np.int64], num_clients: int, seed: int) -> NDArray[np.int
     return owner[numbers]
 
 
+def _in_turn(
+    labels: NDArray[np.int64], count: int, num_clients: int, seed: int
+) -> NDArray[np.int64]:
+    """Let clients take so many classes each, in turn; return each row's client."""
+    classes = np.unique(labels)
+    np.random.default_rng(derive_seed(seed, "classes")).shuffle(classes)
+    turns = np.arange(num_clients * count) % len(classes)
+    owner = np.empty_like(labels)
+    for place, label in enumerate(classes):
+        rows, owners = np.flatnonzero(labels == label), np.flatnonzero(turns == place)
+        owner[rows] = (owners // count)[np.arange(len(rows)) % len(owners)]
+    return owner
+
+
 def _rows(partition: datasets.Dataset) -> NDArray[np.int64]:
     return partition.with_format("numpy")["row"][:]
 
@@ -91,12 +108,19 @@ def _partitioner(
             return DirichletPartitioner(
                 num_clients, "label", alpha, 0, shuffle=False, seed=seed
             )
-        case "pathological":
+        case "pathological" | "disjoint" as name:
             count = cfg["classes_per_client"]
             classes = len(np.unique(data.strata))
-            if not (is_whole(count, 1) and count <= classes):
-                allowed = f"a whole number from 1 to {classes}, the number of classes"
+            least = 1 if name == "pathological" else math.ceil(classes / num_clients)
+            if not (is_whole(count, least) and count <= classes):
+                allowed = (
+                    f"a whole number from {least} to {classes}, the number of classes"
+                )
+                if least > 1:
+                    allowed += ", so that each has a client"
                 raise ConfigError("partition.classes_per_client", count, allowed)
+            if name == "disjoint":
+                return NaturalIdPartitioner("client")
             return PathologicalPartitioner(
                 num_clients, "label", count, "first-deterministic", False, seed
             )
