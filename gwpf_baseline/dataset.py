@@ -177,9 +177,9 @@ def partition_indices(
           is given one example of whoever has most;
         - ``pathological``: each client has ``classes_per_client`` classes, the first
           in turn, the others at random; a class that nobody drew goes unused;
-        - ``disjoint``: the classes are shuffled, and clients take ``classes_per_client``
-          of them in turn, so that none goes unused; a class that several have is
-          divided evenly;
+        - ``disjoint``: the classes are shuffled, and clients take
+          ``classes_per_client`` of them in turn, so that none goes unused; a class that
+          several have is divided evenly;
         - ``natural_id``: the natural ids are shuffled and dealt out one by one until
           none is left; clients are in the order of the first id that each holds. With
           as many clients as ids, client i thus holds the i-th.
