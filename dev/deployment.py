@@ -164,8 +164,10 @@ class Deployment:
             f"--node-config 'partition-id={partition}' "
         )
         if self.secure:
-            options += f"--root-certificates {self.folder / 'ca.crt'} "
-            options += f"--auth-supernode-private-key {self._key(name)}"
+            certificate = shlex.quote(str(self.folder / "ca.crt"))
+            key = shlex.quote(str(self._key(name)))
+            options += f"--root-certificates {certificate} "
+            options += f"--auth-supernode-private-key {key}"
         else:
             options += "--insecure"
         if not prefix:

@@ -325,6 +325,8 @@ def _absolute(key: str, folder: Any) -> str:
     absolute = Path(os.path.expanduser(str(folder))).absolute()
     try:
         absolute.is_dir()
+    except PermissionError:
+        pass  # Whoever needs it will say so: a client may not.
     except OSError as error:
         allowed = f"a folder, or null ({error.strerror})"
         raise ConfigError(key, folder, allowed) from error

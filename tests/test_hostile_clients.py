@@ -177,6 +177,32 @@ def test_a_hundred_that_do_not_say_who_they_are_keep_nobody_waiting() -> None:
         thinking.set()
 
 
+def test_who_stumbles_before_the_first_round_is_asked_again() -> None:
+    """After a second, within the time that there is to connect."""
+    federation = small(THREE, BRIEF, connect_timeout=30)
+    stumbling = claiming(federation, "stumbling", "", 1)
+    others = [federation.nodes[0], federation.nodes[2]]
+    timer = threading.Timer(0.5, setattr, (stumbling, "claim", 1))
+    timer.start()
+    assert Federation(federation.strategy, [*others, stumbling]).play().clients == 3
+    assert stumbling.asked == 2
+
+
+def test_a_run_that_cannot_begin_names_who_is_silent() -> None:
+    """Whoever is online and says nothing is to be started again."""
+    federation = small(THREE, BRIEF, connect_timeout=1)
+    thinking = threading.Event()
+    silent = claiming(federation, "sphinx", thinking, 1)
+    others = [federation.nodes[0], federation.nodes[2]]
+    try:
+        with pytest.raises(
+            ConfigError, match="2 .nodes: 3, without an answer.* sphinx"
+        ):
+            Federation(federation.strategy, [*others, silent]).play()
+    finally:
+        thinking.set()
+
+
 def test_distinct_partitions_count_before_the_first_round() -> None:
     """Three nodes are not three clients."""
     federation = small(THREE, BRIEF, connect_timeout=0)

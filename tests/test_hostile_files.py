@@ -245,6 +245,18 @@ def test_a_client_takes_no_state_but_its_own(changes: State, tmp_path: Path) -> 
         client.load_state(3)
 
 
+def test_a_folder_that_is_another_users_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the server's can be on a node that has its own part elsewhere."""
+
+    def forbidden(_: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", forbidden)
+    assert CheckpointFolder(tmp_path).client_state(3, 0) is None
+
+
 def test_old_files_of_a_client_are_removed(tmp_path: Path) -> None:
     """But for the checkpoint that counts, which may not be the newest."""
     federation = played("gaia")

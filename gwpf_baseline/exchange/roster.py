@@ -41,8 +41,8 @@ class _Node:
         Its answer, while it is waited for.
     attempts : int, default 0
         How often it gave no sound answer.
-    ask_in : int, default 0
-        The round from which it is asked again.
+    ask_in, ask_at : int and float, default 0
+        The round from which it is asked again; before the first one, the time.
     silences : int, default 0
         How often it gave no answer while it held its partition.
     """
@@ -52,6 +52,7 @@ class _Node:
     question: Future[int | None] | None = None
     attempts: int = 0
     ask_in: int = 0
+    ask_at: float = 0.0
     silences: int = 0
 
 
@@ -212,8 +213,9 @@ class Roster:
             for client in sorted(self._holders)
         }
         wait(asked.values(), limit)
-        for client, answer in asked.items():
-            if not answer.done() or answer.result() is None:
+        for client in range(self.num_clients):
+            answer = asked.get(client)
+            if answer is None or not answer.done() or answer.result() is None:
                 log.warning(
                     "client %d did not write its part of the checkpoint", client
                 )
@@ -273,11 +275,13 @@ class Roster:
             time.sleep(_POLL)
             self._look(server_round, client_manager)
         if not self._complete and not self._enough():
+            silent = [cid for cid, node in self._nodes.items() if node.question]
+            who = f", without an answer yet: {', '.join(silent)}" if silent else ""
             raise ConfigError(
                 "num_clients",
                 self.num_clients,
                 f"at most the number of partitions that connected nodes serve, "
-                f"{len(self._holders)} (nodes: {client_manager.num_available()}); "
+                f"{len(self._holders)} (nodes: {client_manager.num_available()}{who}); "
                 "for a simulation by flwr run: "
                 f'--federation-config "num-supernodes={self.num_clients}"',
             )
@@ -296,7 +300,9 @@ class Roster:
         asked = []
         for node in self._nodes.values():
             unknown = node.partition is None and node.question is None
-            if unknown and node.ask_in <= server_round:
+            # No round passes while the first one waits for it.
+            again = not self._complete and node.ask_at <= time.monotonic()
+            if unknown and (node.ask_in <= server_round or again):
                 limit = max(1, self.connect_timeout)
                 node.question = self._asking.submit(
                     self._partition_of, node.proxy, {}, limit
@@ -311,6 +317,7 @@ class Roster:
                 if node.partition is None:
                     later = 2 ** min(node.attempts, _MOST_DOUBLINGS)
                     node.ask_in = server_round + later
+                    node.ask_at = time.monotonic() + later
                     node.attempts += 1
         self._settle()
         for cid in new:

@@ -291,6 +291,7 @@ class SyncClient(MethodClient, NumPyClient):
         elif header.used > state.uploaded:
             # The state is a checkpoint's, from before the upload that was used: what
             # that was made of must not be sent a second time.
+            log.warning("a state from before the upload of exchange %d", header.used)
             state.arrays.pop("residual", None)
         elif header.used < state.uploaded and 0 < header.base == state.uploaded - 1:
             # The server has read that upload and left it out, as far too long. What it

@@ -104,7 +104,10 @@ class CheckpointFolder:
     def client_state(self, server_round: int, client: int) -> dict[str, Any] | None:
         """Return a client's state of a checkpoint, if it had one."""
         file = self.client_file(server_round, client)
-        return load_state(file) if file.exists() else None
+        # The server's folder may be another user's, where a node has one of its own.
+        with suppress(PermissionError):
+            return load_state(file) if file.exists() else None
+        return None
 
     def prune(self, client: int, keep: Collection[int]) -> None:
         """Remove a client's files of all checkpoints but a few.
