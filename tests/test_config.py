@@ -176,7 +176,10 @@ def test_every_choice_of_every_group_composes() -> None:
             "partition=iid partition.name=dirichlet",
             "partition.alpha=nothing: must be given",
         ),
-        ("partition.name=nope", "partition=nope: must be one of dirichlet, disjoint, iid"),
+        (
+            "partition.name=nope",
+            "partition=nope: must be one of dirichlet, disjoint, iid",
+        ),
         ("partition.alpha=true", "partition.alpha=True: must be a number"),
         ("method.name='two words'", "overrides="),
         ("method.name=[]", "method.name=[]: must be a word"),
