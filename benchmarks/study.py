@@ -33,6 +33,7 @@ from rich.console import Console
 from gwpf_baseline.config import check_same_run, checked, compose_config
 from gwpf_baseline.main import run_experiment
 from gwpf_baseline.records.checkpoint import CheckpointFolder
+from gwpf_baseline.records.history import SUMMARY_FILE
 from gwpf_baseline.records.target import check_target
 from gwpf_baseline.report.figures import FIGURES, caption, draw_figure
 from gwpf_baseline.report.groups import check_comparable
@@ -164,7 +165,7 @@ def run_all(jobs: Sequence[Job], at_a_time: int, data: Path) -> list[str]:
     """Run what is not there yet; return what to say of the runs that failed."""
     os.environ["GWPF_DATA"] = str(data.absolute())
     console, started, failed = Console(), time.monotonic(), []
-    todo = [job for job in jobs if not (job.folder / "summary.json").is_file()]
+    todo = [job for job in jobs if not (job.folder / SUMMARY_FILE).is_file()]
     # Processes that import but once, and that nothing of this one gets into.
     with ProcessPoolExecutor(
         at_a_time, get_context("spawn"), initializer=logging.disable
@@ -276,7 +277,7 @@ def table_block(
         Runs that are not there, a column that there is not, a figure without data.
     """
     folders = [job.folder for row in jobs.values() for job in row]
-    missing = [f for f in folders if not (f / "summary.json").is_file()]
+    missing = [f for f in folders if not (f / SUMMARY_FILE).is_file()]
     if missing:
         raise StudyError(f"{len(missing)} of its {len(folders)} runs are not there")
     groups = {

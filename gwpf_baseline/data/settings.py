@@ -180,7 +180,8 @@ def _find_folder(cfg: DictConfig) -> Path | None:
         if not shared.is_dir():
             # Else who has mistyped it would wait for the hub, and be told of that.
             raise ConfigError("GWPF_DATA", shared, "a folder of data sets, or not set")
-        path = shared / cfg.name if (shared / cfg.name).is_dir() else None
+        named = shared / cfg.name
+        path = named if named.is_dir() else None
     if path is None and cfg.get("hub") is not None:
         return None
     if path is None or not Path(str(path)).expanduser().is_dir():

@@ -8,7 +8,12 @@ from typing import Any
 
 import yaml
 
-from gwpf_baseline.records.history import METRICS, RoundRecord, read_history
+from gwpf_baseline.records.history import (
+    METRICS,
+    SUMMARY_FILE,
+    RoundRecord,
+    read_history,
+)
 from gwpf_baseline.records.layers import LAYERS_FILE, LayerRecord, read_layers
 from gwpf_baseline.records.target import metric_of, reaches
 from gwpf_baseline.utils import is_name, is_number, is_whole, one_line
@@ -18,7 +23,7 @@ PLACES = {"dataset.path", "dataset.cache_dir"}
 _UNSHOWN = PLACES | {"resume"}
 # What every run of a report must have in common, as key or as the group of a key.
 _TASK = {"dataset", "partition", "model", "num_clients"}
-_RUN_FILES = ("summary.json", "config.yaml", "history.csv")
+_RUN_FILES = (SUMMARY_FILE, "config.yaml", "history.csv")
 _MEND = "run it again or leave it out"
 # What the files of a run never come near, and what all that is made of them can bear.
 _DEEPEST = 20
@@ -140,7 +145,7 @@ def read_run(folder: Path) -> Run:
     ReportError
         A run that was not finished, or a file of it that is missing or damaged.
     """
-    metric, parameters = _read(_read_summary, folder / "summary.json")
+    metric, parameters = _read(_read_summary, folder / SUMMARY_FILE)
     config = _read(_read_config, folder / "config.yaml")
     records = _read(_read_records, folder / "history.csv")
     # The summary may be that of an earlier run in the same folder.
@@ -173,7 +178,7 @@ def _read(reader: Callable[[Path], Any], file: Path) -> Any:
         return reader(file)
     except FileNotFoundError as error:
         # The summary is what a run writes last.
-        unfinished = "not finished, it " if file.name == "summary.json" else ""
+        unfinished = "not finished, it " if file.name == SUMMARY_FILE else ""
         raise ReportError(
             f"{file.parent}: {unfinished}has no {file.name}; {_MEND}"
         ) from error
