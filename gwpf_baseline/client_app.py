@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from flwr.client import Client
 from flwr.clientapp import ClientApp
-from flwr.common import Context
+from flwr.common import Context, RecordDict
 from omegaconf import DictConfig, OmegaConf
 
 from gwpf_baseline.config import Workbench, from_run_config, workbench
@@ -97,8 +97,33 @@ def _flat_model(
     return FlatModel(copy.deepcopy(model), pick_device(num_gpus)), initial
 
 
+def new_context(client: int) -> Context:
+    """Return what Flower gives to a simulated client that has kept nothing yet.
+
+    Parameters
+    ----------
+    client : int
+        Its partition id.
+
+    Returns
+    -------
+    Context
+        With an empty state.
+    """
+    return Context(
+        run_id=1,
+        node_id=client,
+        node_config={"partition-id": client},
+        state=RecordDict(),
+        run_config={},
+    )
+
+
 class Worker:
-    """Plays clients, one at a time, in a process of Ray's; outlives a run."""
+    """Plays clients, one at a time, in a process of Ray's; outlives a run.
+
+    A client that it does not hold, as a move has failed, begins anew, and says so.
+    """
 
     def __init__(self) -> None:
         keep_freed_memory()
@@ -138,22 +163,21 @@ class Worker:
         ins : FitIns or GetPropertiesIns
             The message.
         context : Context, optional
-            What the client keeps, if this worker does not hold it yet.
+            What the client keeps; default: as this worker holds it.
 
         Returns
         -------
         FitRes or GetPropertiesRes
             The answer.
         """
-        if context is not None:
-            self.contexts[client] = context
-        context = self.contexts[client]
+        context = context or self.contexts.get(client) or new_context(client)
+        self.contexts[client] = context
         made = make_client(self.cfg, context, self.folder, self.bench)
         return getattr(made.to_client(), question)(ins)
 
     def give(self, client: int) -> Context:
         """Give away what a client keeps, also while another one is played."""
-        return self.contexts.pop(client)
+        return self.contexts.pop(client, None) or new_context(client)
 
 
 def client_fn(context: Context) -> Client:

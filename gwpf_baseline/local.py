@@ -22,13 +22,12 @@ from flwr.common import (
     GetPropertiesIns,
     GetPropertiesRes,
     ReconnectIns,
-    RecordDict,
 )
 from flwr.server import Server, ServerConfig, SimpleClientManager
 from flwr.server.client_proxy import ClientProxy
 from omegaconf import DictConfig
 
-from gwpf_baseline.client_app import make_client
+from gwpf_baseline.client_app import make_client, new_context
 from gwpf_baseline.config import Workbench, workbench
 from gwpf_baseline.learning.client import SyncClient
 from gwpf_baseline.records.history import RoundRecord
@@ -61,13 +60,7 @@ class SimulatedNode(ClientProxy):
 
     def forget(self) -> None:
         """Lose all state, as a node does that is set up again."""
-        self.context = Context(
-            run_id=1,
-            node_id=self.partition,
-            node_config={"partition-id": self.partition},
-            state=RecordDict(),
-            run_config={},
-        )
+        self.context = new_context(self.partition)
 
     def get_parameters(
         self, ins: GetParametersIns, timeout: float | None, group_id: int | None

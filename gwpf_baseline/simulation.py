@@ -26,7 +26,7 @@ from flwr.common import (
     Status,
 )
 from omegaconf import DictConfig, OmegaConf
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from gwpf_baseline.client_app import Worker
 from gwpf_baseline.local import SimulatedNode, among
@@ -135,15 +135,15 @@ class Pool:
         return turn.given.result()
 
     def answered(self, worker: Any, error: BaseException | None) -> None:
-        """Take a worker back, or do without it if it has died."""
+        """Take a worker back, and do without whichever has died."""
         with self._lock:
-            if worker not in self.workers:
-                return  # It was ended while it was busy.
-            # It may as well be another one, that was to give a client away.
-            if isinstance(error, RayActorError) and error.actor_id == _name_of(worker):
-                self._drop(worker, "has died, and with it what it held")
-                self._fill()
-            else:
+            if isinstance(error, RayActorError):
+                # It may as well be another one, that was to give a client away.
+                for dead in [w for w in self.workers if _name_of(w) == error.actor_id]:
+                    self._drop(dead, "has died, and with it what it held")
+                    self._fill()
+            # Unless it has died, or was ended while it was busy.
+            if worker in self.workers:
                 self._load[worker] -= 1
             self._pass_on()
 
@@ -151,6 +151,8 @@ class Pool:
         log.warning("a worker of Ray %s", one_line(why))
         self.workers.remove(worker)
         self._load.pop(worker, None)
+        # Another one is to have its place, even if it was only out of reach.
+        ray.kill(worker)
 
     def _pass_on(self) -> None:
         """Give workers to messages that wait, as far as they go."""
@@ -276,11 +278,12 @@ class RayNode(SimulatedNode):
             )
             raise
         except Exception as error:
-            if isinstance(error, RayActorError):
-                # So the client is lost, and will say so.
+            cause = _cause(error)
+            if isinstance(cause, RayError):
+                # Not the client's own: so it is lost, and will say so.
                 self.forget()
-            self.pool.answered(worker, error)
-            raise _cause(error) from None
+            self.pool.answered(worker, cause)
+            raise cause from None
         self.pool.answered(worker, None)
         return result
 

@@ -1,5 +1,7 @@
 """Ray: what becomes of a run whose workers die, hang, or are elsewhere."""
 
+import json
+import logging
 import os
 import signal
 import subprocess
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from command_line import (
     SMALL,
     model_bytes,
@@ -17,10 +20,14 @@ from command_line import (
     start,
     until_round,
 )
+from flwr.common import GetPropertiesIns
+from omegaconf import OmegaConf
 from ray.cluster_utils import Cluster
+from ray.exceptions import RayActorError
 
+from gwpf_baseline.config import checked, compose_config
 from gwpf_baseline.records.history import read_history
-from gwpf_baseline.simulation import Pool
+from gwpf_baseline.simulation import Pool, RayNode
 
 # A run that is still at its beginning once somebody has noticed that it has begun.
 LONG = ["num_rounds=40", "local_steps=50"]
@@ -127,6 +134,61 @@ def test_a_worker_that_was_ended_before_it_had_begun_gets_no_message(
         asking.pool._has_begun("ended", begun)
     assert asking.pool.workers == ["a", "b"]
     assert asking.ask("ended", 1) == []
+
+
+@pytest.fixture(name="pool")
+def _pool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pool]:
+    """Begin a run on two workers of a Ray in this process."""
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
+    pool = Pool(1, 0)
+    cfg = checked(compose_config(SMALL))
+    pool.begin(json.dumps(OmegaConf.to_container(cfg)), str(tmp_path))
+    yield pool
+    pool.close()
+    ray.shutdown()
+
+
+def ask(node: RayNode) -> None:
+    """Have a client do something, whichever worker it takes."""
+    answer = node.get_properties(GetPropertiesIns({"any": "thing"}), None, None)
+    assert answer.properties == {"partition-id": node.partition}
+
+
+def test_a_worker_that_died_is_noticed_by_who_was_to_get_a_client_from_it(
+    pool: Pool,
+) -> None:
+    """Else each of its clients would be asked for, and be lost, one by one."""
+    busy, other = pool.take(None, hurries=False), pool.take(None, hurries=False)
+    nodes = [RayNode(partition, pool) for partition in range(2)]
+    pool.answered(busy, None)
+    for node in nodes:
+        ask(node)
+        assert node.held_by == busy
+    # It is at a message that will not be answered while the other one is free.
+    assert pool.take(busy, hurries=False) == busy
+    pool.answered(other, None)
+    ray.kill(busy)
+    with pytest.raises(RayActorError):
+        ask(nodes[0])
+    assert busy not in pool.workers and other in pool.workers
+    for node in nodes:
+        ask(node)
+
+
+def test_a_client_that_nobody_holds_begins_anew(pool: Pool) -> None:
+    """As where it was asked for before it had come: its limit was over meanwhile."""
+    first, second = pool.take(None, hurries=False), pool.take(None, hurries=False)
+    node = RayNode(3, pool)
+    node.held_by = first
+    pool.answered(second, None)
+    ask(node)
+    assert node.held_by == second
+    node.held_by = first
+    pool.answered(first, None)
+    assert pool.take(second, hurries=False) == second
+    ask(node)
+    assert node.held_by == first
 
 
 def test_a_worker_that_dies_costs_a_round_of_what_it_held(tmp_path: Path) -> None:
