@@ -37,6 +37,8 @@ READINGS = {
     "still is stable",  # where there was no update at all; 0 / 0 is below nothing
     "tightened once",  # T halves when the share rises past 0.8, not while it is there
 }
+# What Aggressive APF does at a check besides: here, and in two versions of its code.
+DRAWS = ("one check", "up to K / 20 checks", "all deadlines")
 
 
 class Coordinate:
@@ -66,10 +68,8 @@ class Coordinate:
         """Tell whether it is frozen after a check."""
         return check < self.frozen_until
 
-    def check(
-        self, number: int, value: np.float32, threshold: float, drawn: bool = False
-    ) -> None:
-        """Pass a stability check; `drawn` freezes it even if it is unstable."""
+    def check(self, number: int, value: np.float32, threshold: float) -> None:
+        """Pass a stability check."""
         if self.frozen(number - 1):
             return  # it was frozen: nothing is known, and its period runs on
         update = value - self.last
@@ -102,7 +102,21 @@ class Coordinate:
                 self.period = max(0, self.period - 1)
             case _:
                 self.period = 0
-        self.frozen_until = number + max(self.period, drawn)
+        self.frozen_until = number + self.period
+
+    def draw(
+        self, rule: str, check: int, k: int, live: bool, draws: np.random.Generator
+    ) -> None:
+        """Freeze it longer, perhaps, after a check in round k that saw it if `live`."""
+        drawn = draws.random() if live or rule == "all deadlines" else 1.0
+        until = max(self.frozen_until, check)
+        match rule:
+            case "one check" if drawn < min(k / 2000, 0.5):
+                self.frozen_until = max(until, check + 1)
+            case "up to K / 20 checks" if drawn < k / 2000:
+                self.frozen_until = until + int(100 * drawn)
+            case "all deadlines" if drawn < 0.5:
+                self.frozen_until = until + 1
 
 
 @pytest.mark.parametrize("aggressive", [False, True])
@@ -126,10 +140,10 @@ def test_masks_are_what_the_definition_says(control: str, aggressive: bool) -> N
             draws = np.random.default_rng(derive_seed(5, "aggressive", checks))
             before = [c.frozen(checks - 1) for c in coordinates]
             for value, coordinate in zip(weights, coordinates, strict=True):
-                # One draw for each that is checked.
-                live = aggressive and not coordinate.frozen(checks - 1)
-                drawn = live and draws.random() < min((exchange - 1) / 2000, 0.5)
-                coordinate.check(checks, value, threshold, drawn)
+                live = not coordinate.frozen(checks - 1)
+                coordinate.check(checks, value, threshold)
+                if aggressive:
+                    coordinate.draw("one check", checks, exchange - 1, live, draws)
             after = [c.frozen(checks) for c in coordinates]
             woken += sum(b and not a for b, a in zip(before, after, strict=True))
             if sum(after) / 40 > 0.8 and not above:
@@ -181,6 +195,55 @@ def test_masks_are_those_of_the_released_code() -> None:
 def test_each_reading_makes_a_difference(reading: str) -> None:
     """So each is worth telling; an equality of floats hardly ever happens."""
     assert differing(READINGS - {reading}, drifting=0, still=34) > 0
+
+
+def frozen_share(rule: str | None, drifting: int, check_every: int = 1) -> float:
+    """Return the mean frozen share of 2000 rounds, on the way that a rule leads."""
+    config = APFConfig(check_every=check_every)
+    rng, draws = np.random.default_rng(7), np.random.default_rng(8)
+    weights = np.zeros(40, np.float32)
+    coordinates = [Coordinate(0, config) for _ in weights]
+    threshold, above, frozen = config.threshold, False, 0
+    for k in range(1, 2001):
+        active = [not c.frozen((k - 1) // check_every) for c in coordinates]
+        frozen += active.count(False)
+        step = rng.normal(size=40).astype(np.float32)
+        step[:drifting] += 2
+        weights[active] += step[active]
+        if k % check_every:
+            continue
+        number = k // check_every
+        for value, coordinate in zip(weights, coordinates, strict=True):
+            live = not coordinate.frozen(number - 1)
+            coordinate.check(number, value, threshold)
+            if rule is not None:
+                coordinate.draw(rule, number, k, live, draws)
+        share = sum(c.frozen(number) for c in coordinates) / 40
+        if share > 0.8 and not above:
+            threshold /= 2
+        above = share > 0.8
+    return frozen / (2000 * 40)
+
+
+@pytest.mark.parametrize(
+    "drifting, shares",
+    [
+        (0, [46, 49, 84, 59]),
+        (12, [56, 57, 83, 56]),
+        (28, [25, 42, 81, 57]),
+        (40, [0, 26, 79, 50]),
+    ],
+)
+def test_what_each_draw_freezes(drifting: int, shares: list[int]) -> None:
+    """In percent, without draws and by each rule; the code's freeze drifting ones."""
+    rules = [None, *DRAWS]
+    assert [round(100 * frozen_share(rule, drifting)) for rule in rules] == shares
+
+
+def test_a_check_with_every_round_freezes_sooner() -> None:
+    """In percent, as above and with a check every five rounds."""
+    shares = [round(100 * frozen_share(None, n, 5)) for n in (0, 12, 28, 40)]
+    assert shares == [49, 41, 18, 0]
 
 
 def test_what_only_trembles_is_frozen_by_and_by() -> None:

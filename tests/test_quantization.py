@@ -313,6 +313,24 @@ def test_nothing_is_kept_of_what_is_rounded_at_random(method: str) -> None:
     assert_array_equal(twin.strategy.weights.numpy() - 1, moved[0])
 
 
+def test_both_exchanges_of_a_round_draw_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As does every client."""
+    seeds: list[int] = []
+    write_update = Quantization.write_update
+
+    def noting(self: Quantization, *args: Any) -> np.ndarray:
+        seeds.append(args[-1])
+        return write_update(self, *args)
+
+    monkeypatch.setattr(Quantization, "write_update", noting)
+    quantization = Quantization(8, rounding="random")
+    clients, rounds = 2, 20
+    federation = small([40, 60], TRAINING, "gwpf_paper", quantization=quantization)
+    federation.play(rounds)
+    assert len(seeds) > 1.5 * clients * rounds
+    assert len(set(seeds)) == len(seeds)
+
+
 @pytest.mark.parametrize("method", ["fedavg", "gwpf_paper"])
 def test_the_rounding_of_a_lost_upload_is_forgotten(method: str) -> None:
     """The server has got nothing of it, so nothing of it is missing."""

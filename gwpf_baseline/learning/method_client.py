@@ -401,7 +401,9 @@ class MethodClient(ABC):
             return
         counts = values_per_layer(self.layers, mask)
         batches = self.batches
-        seed = derive_seed(batches.seed, "rounding", batches.client, self.server_round)
+        # A round may have two exchanges; this one leads to the next version.
+        exchange = state.version + 1
+        seed = derive_seed(batches.seed, "rounding", batches.client, exchange)
         received = self.quantization.write_update(writer, values, counts, seed)
         left_out = values - received if self.quantization.feedback else None
         self.note_sent(state, mask, left_out)
