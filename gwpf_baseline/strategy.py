@@ -30,7 +30,7 @@ from flwr.server.strategy import Strategy
 from torch import nn
 
 from gwpf_baseline.exchange.coding import MOST, WireError
-from gwpf_baseline.exchange.header import Kind
+from gwpf_baseline.exchange.header import FORMAT_VERSION, Kind
 from gwpf_baseline.exchange.messages import ClientRecord, StateLost, size_of
 from gwpf_baseline.exchange.network import Network
 from gwpf_baseline.exchange.payload import Part, Sizes, as_tensor
@@ -468,6 +468,7 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         """Return the server's whole state: tensors and values that JSON holds."""
         return {
             **{f"method.{k}": v for k, v in self.method_state().items()},
+            "format": FORMAT_VERSION,
             "weights": self.weights,
             "buffers": self.buffers,
             "last_changed": torch.from_numpy(self.messages.last_changed),
@@ -495,6 +496,8 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         StateError
             It is none of this run's; the strategy is then of no use.
         """
+        if state.get("format") != FORMAT_VERSION:
+            raise StateError("of another release, which codes messages in another way")
         check_like(state, self.state())
         try:
             self._load(state)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from gwpf_baseline.exchange.coding import MOST, WireError, encode_positions
+from gwpf_baseline.exchange.coding import MOST, Classes, WireError, encode_positions
 from gwpf_baseline.learning.flat_model import Layer
 from gwpf_baseline.methods.shared.activity import CLASSES, Activity
 
@@ -23,7 +23,7 @@ def layers_of(*shapes: tuple[int, ...]) -> list[Layer]:
     return found
 
 
-SHAPES: list[tuple[int, ...]] = [(3, 2, 2, 2), (3,), (), (5, 7), (1, 4), (6, 1)]
+SHAPES: list[tuple[int, ...]] = [(3, 2, 2, 2), (3,), (), (5, 7), (9, 4), (1, 4), (6, 1)]
 LAYERS = layers_of(*SHAPES)
 DIMENSION = LAYERS[-1].span.stop
 
@@ -52,6 +52,15 @@ def slow_kinds(moved: list[list[int]]) -> list[set[int]]:
     ]
 
 
+def kinds_of(classes: Classes) -> np.ndarray:
+    """Return the class of each coordinate."""
+    kinds = np.full(sum(classes.sizes), -1)
+    ends = np.cumsum(classes.sizes)
+    for kind, ranks in enumerate(np.split(np.arange(kinds.size), ends[:-1])):
+        kinds[classes.places(ranks)] = kind
+    return kinds
+
+
 @given(st.lists(st.sets(st.integers(0, DIMENSION - 1)), max_size=12))
 @settings(deadline=None)
 def test_classes_are_powers_of_two_of_expected_counts(moved: list[set[int]]) -> None:
@@ -60,13 +69,39 @@ def test_classes_are_powers_of_two_of_expected_counts(moved: list[set[int]]) -> 
     steps = [sorted(step) for step in moved]
     for step in steps:
         activity.note(np.array(step, np.int64))
-    kinds = activity.classes.kinds
+    kinds = kinds_of(activity.classes)
     reference = slow_kinds(steps)
     assert len(kinds) == len(reference)
     assert all(kind in allowed for kind, allowed in zip(kinds, reference, strict=True))
     assert len(activity.classes.sizes) == CLASSES
     again = Activity(LAYERS, activity.counts)
-    assert_array_equal(again.classes.kinds, kinds)
+    assert_array_equal(kinds_of(again.classes), kinds)
+
+
+@given(
+    st.lists(st.sets(st.integers(0, DIMENSION - 1)), max_size=12),
+    st.sets(st.integers(0, DIMENSION - 1)),
+)
+@settings(deadline=None)
+def test_each_coordinate_has_a_rank_of_its_own(
+    moved: list[set[int]], some: set[int]
+) -> None:
+    """Those of one class follow those of the one before, and ranks lead back."""
+    activity = Activity(LAYERS)
+    for step in moved:
+        activity.note(np.array(sorted(step), np.int64))
+    classes = activity.classes
+    everywhere = np.arange(DIMENSION)
+    assert_array_equal(classes.ranks(everywhere), everywhere)
+    assert_array_equal(classes.places(everywhere), everywhere)
+    positions = np.array(sorted(some), np.int64)
+    ranks = classes.ranks(positions)
+    one_by_one = [classes.ranks(positions[i : i + 1]) for i in range(positions.size)]
+    assert_array_equal(ranks, np.sort(np.concatenate([*one_by_one, ranks[:0]])))
+    assert ranks.dtype == np.int32
+    back = classes.places(ranks)
+    assert_array_equal(back, positions)
+    assert back.dtype == np.int64
 
 
 def test_every_row_and_column_is_counted() -> None:

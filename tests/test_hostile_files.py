@@ -128,6 +128,8 @@ def test_every_tensor_of_a_servers_state_is_checked(
         {"norms": [[1.0], ["x"]]},
         {"norms": [[1.0], [float("nan")]]},
         {"something": 1},
+        {"format": "6"},
+        {"format": None},
     ],
 )
 def test_every_value_of_a_servers_state_is_checked(
@@ -138,6 +140,18 @@ def test_every_value_of_a_servers_state_is_checked(
     state = spoilt(federation.strategy.state(), tmp_path / "state", **changes)
     with pytest.raises(StateError):
         federation.strategy.load_state(state)
+
+
+def test_a_checkpoint_of_another_release_is_refused(tmp_path: Path) -> None:
+    """It may hold messages that clients of this one would read as something else."""
+    federation = played("gwpf")
+    before = federation.strategy.state()
+    for other in (
+        {key: value for key, value in before.items() if key != "format"},
+        spoilt(before, tmp_path / "state", format=before["format"] - 1),
+    ):
+        with pytest.raises(StateError, match="of another release"):
+            federation.strategy.load_state(other)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import constriction
 import numpy as np
@@ -35,33 +35,15 @@ class WireError(ValueError):
     """A payload that is not what the receiver must be able to rely on."""
 
 
-class Classes(NamedTuple):
-    """A division of a bitmap's places: those of a class are expected to be alike.
+class Classes(Protocol):
+    """A division of a bitmap's places: those of a class are expected to be alike."""
 
-    Parameters
-    ----------
-    kinds : numpy.ndarray
-        uint8 ``(n,)``, the class of each place.
-    order : numpy.ndarray
-        int32 ``(n,)``, the places of one class after the other, rising in each.
-    sizes : list of int
-        How many places each class has.
-    """
+    @property
+    def sizes(self) -> list[int]:
+        """Return how many places each class has."""
 
-    kinds: np.ndarray
-    order: np.ndarray
-    sizes: list[int]
-
-    @classmethod
-    def of(cls, kinds: np.ndarray, count: int) -> "Classes":
-        """Divide places by their kinds, uint8 ``(n,)`` with values below `count`."""
-        # Faster than to sort, for the few classes that there are.
-        members = [np.flatnonzero(kinds == kind) for kind in range(count)]
-        order = np.concatenate(members, dtype=np.int32, casting="same_kind")
-        return cls(kinds, order, [places.size for places in members])
-
-    def ranks(self, places: np.ndarray) -> tuple[np.ndarray, list[int]]:
-        """Return where in `order` some places are, and how many are of each class.
+    def ranks(self, places: np.ndarray) -> np.ndarray:
+        """Return where places stand when one class follows the other.
 
         Parameters
         ----------
@@ -70,21 +52,23 @@ class Classes(NamedTuple):
 
         Returns
         -------
-        ranks : numpy.ndarray
+        numpy.ndarray
             int32 ``(k,)``, rising.
-        ones : list of int
-            The classes' counts.
         """
-        kinds = self.kinds[places]
-        ones = np.bincount(kinds, minlength=len(self.sizes)).tolist()
-        ranks = places.astype(np.int32)[np.argsort(kinds, kind="stable")]
-        start = first = 0
-        for size, one in zip(self.sizes, ones, strict=True):
-            sought = ranks[first : first + one]
-            sought[:] = self.order[start : start + size].searchsorted(sought)
-            sought += start
-            start, first = start + size, first + one
-        return ranks, ones
+
+    def places(self, ranks: np.ndarray) -> np.ndarray:
+        """Undo :meth:`ranks`.
+
+        Parameters
+        ----------
+        ranks : numpy.ndarray
+            Whole numbers ``(k,)`` from 0 on, rising and below the sum of `sizes`.
+
+        Returns
+        -------
+        numpy.ndarray
+            int64 ``(k,)``, rising.
+        """
 
 
 def encode_number(number: int) -> bytes:
@@ -200,7 +184,10 @@ def encode_positions(
         entropies.
     """
     if classes is not None:
-        ranks, ones = classes.ranks(positions)
+        ranks = classes.ranks(positions)
+        # Of another type than the bounds, all ranks would be converted first.
+        ends = ranks.searchsorted(np.cumsum(classes.sizes, dtype=np.int32))
+        ones = np.diff(ends, prepend=0).tolist()
         code = _encode_gaps(ranks, ones, classes.sizes)
     elif positions.size > _RARE * length:
         return encode_bitmap(marked(positions, length))
@@ -298,8 +285,8 @@ def decode_positions(
     with _checking(decoder):
         places = _decode_gaps(decoder, ones, sizes)
     if classes is None:
-        return places, end
-    return np.sort(classes.order[places]).astype(np.int64), end
+        return places.astype(np.int64), end
+    return classes.places(places), end
 
 
 def skip_positions(
@@ -466,15 +453,19 @@ def _decode_gaps(decoder: Any, ones: Sequence[int], sizes: Sequence[int]) -> np.
     """Undo :func:`_encode_gaps`."""
     coded = [_decode_symbols(decoder, *each) for each in zip(ones, sizes, strict=True)]
     parts, longest = zip(*coded, strict=True)
-    lengths, symbols = [part.size for part in parts], np.concatenate(parts)
-    ends = symbols < np.repeat(np.array(longest, np.int32), lengths)
-    passed = np.cumsum(symbols + ends, dtype=np.int64)
-    bounds = np.concatenate([[0], passed])[np.cumsum([0, *lengths])]
-    if (np.diff(bounds) > sizes).any():
+    passed = np.array([part.sum(dtype=np.int64) for part in parts]) + ones
+    if (passed > sizes).any():
         raise WireError("a bitmap's code goes beyond its end")
+    # So no sum is above the bitmap's length.
+    places = np.concatenate(parts)
+    limits = np.array(longest, np.int32).repeat([part.size for part in parts])
+    ends = places < limits
+    places += ends
+    places = places.cumsum(out=places)[ends]
     # What a class has after its last one is not passed.
-    skipped = np.cumsum(sizes) - sizes - bounds[:-1]
-    return passed[ends] - 1 + np.repeat(skipped, ones)
+    rest = np.array(sizes) - passed
+    places += (rest.cumsum() - rest - 1).astype(np.int32).repeat(ones)
+    return places
 
 
 def _decode_symbols(decoder: Any, count: int, size: int) -> tuple[np.ndarray, int]:

@@ -7,6 +7,10 @@ column has moved. If the two had nothing to do with each other, a coordinate wou
 as often as the product says, as in a table of contingency: by these expected counts
 coordinates are divided into classes, and in each of them positions are coded by the
 share that it turns out to have.
+
+Along a row the product rises with the column's count alone: where columns stand in the
+order of theirs, what a row has of a class is one span. So spans are all that is
+computed, and nothing for a single coordinate but for those that are coded.
 """
 
 import math
@@ -18,15 +22,10 @@ import numpy as np
 from gwpf_baseline.exchange.coding import MOST, Classes, WireError
 from gwpf_baseline.learning.flat_model import Layer
 
-# Expected counts are classed by powers of two, from up to a sixteenth of the mean to
-# eight times and more.
-_LOWEST, _HIGHEST = -4, 4
+# Where all classes but the first begin, in means of the expected counts.
+_BOUNDS = 2.0 ** np.arange(-4, 4)
 #: How many classes there are.
-CLASSES = _HIGHEST - _LOWEST + 1
-
-
-# Coordinates that are classed at a time.
-_BLOCK = 2**15
+CLASSES = _BOUNDS.size + 1
 
 
 class _Tables(NamedTuple):
@@ -46,6 +45,23 @@ class _Tables(NamedTuple):
     coordinates: np.ndarray
     columns: np.ndarray
     counts: np.ndarray
+
+    def sides(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return where the counts of coordinates' rows and of their columns are.
+
+        Parameters
+        ----------
+        positions : numpy.ndarray
+            int64 ``(k,)``, the coordinates, rising.
+        """
+        firsts = self.coordinates[:-1]
+        here = _count_within(firsts, positions)
+        rows, columns = np.divmod(
+            positions - firsts.repeat(here), self.columns.repeat(here)
+        )
+        rows += self.counts[:-1:2].repeat(here)
+        columns += self.counts[1::2].repeat(here)
+        return rows, columns
 
 
 class Activity:
@@ -83,7 +99,7 @@ class Activity:
     @property
     def classes(self) -> Classes:
         """Return the classes of coordinates that are expected to move alike."""
-        return _classes(self._shapes, self.counts.tobytes())
+        return _divided(self._shapes, self.counts.tobytes())
 
     def note(self, positions: np.ndarray) -> None:
         """Count what has moved.
@@ -93,51 +109,115 @@ class Activity:
         positions : numpy.ndarray
             int64 ``(k,)``, the coordinates, rising.
         """
-        tables = _tables(self._shapes)
-        moved = np.diff(positions.searchsorted(tables.coordinates))
-        rows, columns = np.divmod(
-            positions - tables.coordinates[:-1].repeat(moved),
-            tables.columns.repeat(moved),
-        )
-        rows += tables.counts[:-1:2].repeat(moved)
-        columns += tables.counts[1::2].repeat(moved)
         counts = self.counts.astype(np.int64)
-        for places in (rows, columns):
-            counts += np.bincount(places, minlength=counts.size)
+        for side in _tables(self._shapes).sides(positions):
+            counts += np.bincount(side, minlength=counts.size)
         self.counts = np.minimum(counts, MOST).astype(np.int32)
+
+
+class _Division(NamedTuple):
+    """The coordinates of a model, divided into classes; see :class:`Classes`.
+
+    Each tensor's shorter side cuts it into lines, and along them coordinates stand in
+    the order in which the longer side has moved: there, a line is one span of each
+    class. Spans begin at three places: line by line, class by class, and in `along`.
+
+    Parameters
+    ----------
+    tables : _Tables
+        Where the tensors stand.
+    sizes : list of int
+        How many coordinates each class has.
+    lined : numpy.ndarray
+        int32 ``(m,)``, what each row and column adds to a coordinate's place line by
+        line.
+    by_line, by_class, in_along : numpy.ndarray
+        int32 ``(l, c)``, where each line's span of each class begins.
+    lines : numpy.ndarray
+        int64 ``(l,)``, the first coordinate of each line in the tensor's own order.
+    along : numpy.ndarray
+        int64 ``(n,)``, tensor by tensor how far from that a line's coordinates are, in
+        the order in which they stand.
+    """
+
+    tables: _Tables
+    sizes: list[int]
+    lined: np.ndarray
+    by_line: np.ndarray
+    by_class: np.ndarray
+    in_along: np.ndarray
+    lines: np.ndarray
+    along: np.ndarray
+
+    def ranks(self, places: np.ndarray) -> np.ndarray:
+        """Return where places stand when one class follows the other."""
+        rows, columns = self.tables.sides(places)
+        ranks = self.lined[rows] + self.lined[columns]
+        ranks.sort()
+        here = _count_within(self.by_line.ravel(), ranks)
+        ranks += (self.by_class - self.by_line).ravel().repeat(here)
+        ranks.sort()
+        return ranks
+
+    def places(self, ranks: np.ndarray) -> np.ndarray:
+        """Undo :meth:`ranks`."""
+        here = _count_within(self.by_class.T.ravel(), ranks)
+        index = ranks + (self.in_along - self.by_class).T.ravel().repeat(here)
+        places = self.along[index]
+        places += np.tile(self.lines, CLASSES).repeat(here)
+        places.sort()
+        return places
 
 
 # Those before a step and after it: all clients of a process use both in turn, and one
 # that is alone answers by what its next message is coded by.
 @lru_cache(maxsize=2)
-def _classes(shapes: tuple[tuple[int, ...], ...], counts: bytes) -> Classes:
+def _divided(shapes: tuple[tuple[int, ...], ...], counts: bytes) -> _Division:
     """Return the classes by the counts of int32 that these bytes are."""
-    kinds = _kinds(_tables(shapes), np.frombuffer(counts, np.int32))
-    return Classes.of(kinds, CLASSES)
+    return _divide(_tables(shapes), np.frombuffer(counts, np.int32))
 
 
-def _kinds(tables: _Tables, moved: np.ndarray) -> np.ndarray:
+def _divide(tables: _Tables, moved: np.ndarray) -> _Division:
     # Each row and column has moved once before the first time: so nothing is ruled
     # out, and coordinates of small tensors, which do move more, come first.
-    counts = moved.astype(np.float64) + 1
-    parts = np.split(counts, tables.counts[1:-1])
+    counts = np.split(moved.astype(np.float64) + 1, tables.counts[1:-1])
     # The mean of all expected counts: a table's add up to its columns' counts.
-    total = sum(columns.sum() for columns in parts[1::2])
-    kinds = np.empty(tables.coordinates[-1], np.uint8)
-    mean = total / kinds.size
-    spans = np.split(kinds, tables.coordinates[1:-1])
-    for rows, columns, span in zip(parts[::2], parts[1::2], spans, strict=True):
-        rates = (rows / (rows.sum() * mean)).astype(np.float32)
-        columns = columns.astype(np.float32)
-        matrix = span.reshape(rows.size, columns.size)
-        # Some rows at a time, which fit the cache.
-        height = _BLOCK // columns.size + 1
-        for first in range(0, rows.size, height):
-            block = slice(first, first + height)
-            expected = np.outer(rates[block], columns)
-            powers = np.frexp(expected)[1]
-            matrix[block] = powers.clip(_LOWEST, _HIGHEST) - _LOWEST
-    return kinds
+    mean = sum(columns.sum() for columns in counts[1::2]) / tables.coordinates[-1]
+    lined, by_line, lengths, in_along, lines, along = [], [], [], [], [], []
+    passed = 0
+    for first, rows, columns in zip(
+        tables.coordinates[:-1], counts[::2], counts[1::2], strict=True
+    ):
+        rows_cut = rows.size <= columns.size
+        cut, other = (rows, columns) if rows_cut else (columns, rows)
+        step, other_step = (columns.size, 1) if rows_cut else (1, columns.size)
+        order = np.argsort(other, kind="stable")
+        # What the other side must have moved for each class, line by line: a product of
+        # counts over the rows' sum is what is expected.
+        bounds = _BOUNDS * (rows.sum() * mean) / cut[:, np.newaxis]
+        begins = np.zeros((cut.size, CLASSES), np.int64)
+        begins[:, 1:] = other[order].searchsorted(bounds)
+        firsts = first + order.size * np.arange(cut.size)
+        places = np.argsort(order)
+        lined += [firsts, places] if rows_cut else [places, firsts]
+        by_line.append(firsts[:, np.newaxis] + begins)
+        lengths.append(np.diff(begins, append=order.size))
+        in_along.append(passed + begins)
+        lines.append(first + step * np.arange(cut.size))
+        along.append(other_step * order)
+        passed += order.size
+    sizes = np.concatenate(lengths).T
+    by_class = (sizes.cumsum() - sizes.ravel()).reshape(sizes.shape).T
+    return _Division(
+        tables,
+        sizes.sum(axis=1).tolist(),
+        np.concatenate(lined, dtype=np.int32),
+        np.concatenate(by_line, dtype=np.int32),
+        by_class.astype(np.int32),
+        np.concatenate(in_along, dtype=np.int32),
+        np.concatenate(lines),
+        np.concatenate(along),
+    )
 
 
 @lru_cache(maxsize=2)
@@ -147,3 +227,8 @@ def _tables(shapes: tuple[tuple[int, ...], ...]) -> _Tables:
     columns = sizes // rows
     counts = np.stack([rows, columns], axis=1).ravel()
     return _Tables(np.cumsum([0, *sizes]), columns, np.cumsum([0, *counts]))
+
+
+def _count_within(firsts: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Count how many places, which rise, are in each of the spans that begin there."""
+    return np.diff(places.searchsorted(firsts), append=places.size)

@@ -48,8 +48,7 @@ class Ternary(NamedTuple):
 
     def values(self) -> FloatVector:
         """Return what it is where it is not zero, float32 ``(k,)``."""
-        either = np.array([-self.magnitude, self.magnitude], np.float32)
-        return either.take(self.signs)
+        return (2 * self.signs.view(np.int8) - 1) * self.magnitude
 
     def scaled(self, factor: float) -> "Ternary":
         """Return it with another magnitude, which is multiplied in float32."""
