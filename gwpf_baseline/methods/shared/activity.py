@@ -134,9 +134,9 @@ class _Division(NamedTuple):
     by_line, by_class, in_along : numpy.ndarray
         int32 ``(l, c)``, where each line's span of each class begins.
     lines : numpy.ndarray
-        int64 ``(l,)``, the first coordinate of each line in the tensor's own order.
+        int32 ``(l,)``, the first coordinate of each line in the tensor's own order.
     along : numpy.ndarray
-        int64 ``(n,)``, tensor by tensor how far from that a line's coordinates are, in
+        int32 ``(n,)``, tensor by tensor how far from that a line's coordinates are, in
         the order in which they stand.
     """
 
@@ -166,7 +166,7 @@ class _Division(NamedTuple):
         places = self.along[index]
         places += np.tile(self.lines, CLASSES).repeat(here)
         places.sort()
-        return places
+        return places.astype(np.int64)
 
 
 # Those before a step and after it: all clients of a process use both in turn, and one
@@ -215,8 +215,8 @@ def _divide(tables: _Tables, moved: np.ndarray) -> _Division:
         np.concatenate(by_line, dtype=np.int32),
         by_class.astype(np.int32),
         np.concatenate(in_along, dtype=np.int32),
-        np.concatenate(lines),
-        np.concatenate(along),
+        np.concatenate(lines, dtype=np.int32),
+        np.concatenate(along, dtype=np.int32),
     )
 
 
