@@ -35,33 +35,40 @@ class _Tables(NamedTuple):
     ----------
     coordinates : numpy.ndarray
         int64 ``(t + 1,)``, where each begins in the flat vector, and the end.
-    columns : numpy.ndarray
-        int64 ``(t,)``, how many each has.
     counts : numpy.ndarray
         int64 ``(2 t + 1,)``, where the counts of the first one's rows begin, those of
         its columns, those of the second one's rows, and so on, and the end.
+    rows : numpy.ndarray
+        int64 ``(r,)``, where each row begins in the flat vector.
+    row_counts : numpy.ndarray
+        int64 ``(r,)``, where each row's count is.
+    column_counts : numpy.ndarray
+        int64 ``(r,)``, where the counts of its tensor's columns begin.
     """
 
     coordinates: np.ndarray
-    columns: np.ndarray
     counts: np.ndarray
+    rows: np.ndarray
+    row_counts: np.ndarray
+    column_counts: np.ndarray
 
     def sides(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return where the counts of coordinates' rows and of their columns are.
+        """Return each row's share of coordinates, and where their columns' counts are.
 
         Parameters
         ----------
         positions : numpy.ndarray
             int64 ``(k,)``, the coordinates, rising.
+
+        Returns
+        -------
+        here : numpy.ndarray
+            int64 ``(r,)``, how many of them are in it.
+        columns : numpy.ndarray
+            int64 ``(k,)``.
         """
-        firsts = self.coordinates[:-1]
-        here = _count_within(firsts, positions)
-        rows, columns = np.divmod(
-            positions - firsts.repeat(here), self.columns.repeat(here)
-        )
-        rows += self.counts[:-1:2].repeat(here)
-        columns += self.counts[1::2].repeat(here)
-        return rows, columns
+        here = _count_within(self.rows, positions)
+        return here, positions - (self.rows - self.column_counts).repeat(here)
 
 
 class Activity:
@@ -109,9 +116,11 @@ class Activity:
         positions : numpy.ndarray
             int64 ``(k,)``, the coordinates, rising.
         """
-        counts = self.counts.astype(np.int64)
-        for side in _tables(self._shapes).sides(positions):
-            counts += np.bincount(side, minlength=counts.size)
+        tables = _tables(self._shapes)
+        here, columns = tables.sides(positions)
+        counts = np.bincount(columns, minlength=self.counts.size)
+        counts[tables.row_counts] = here
+        counts += self.counts
         self.counts = np.minimum(counts, MOST).astype(np.int32)
 
 
@@ -151,8 +160,9 @@ class _Division(NamedTuple):
 
     def ranks(self, places: np.ndarray) -> np.ndarray:
         """Return where places stand when one class follows the other."""
-        rows, columns = self.tables.sides(places)
-        ranks = self.lined[rows] + self.lined[columns]
+        here, columns = self.tables.sides(places)
+        ranks = self.lined[columns]
+        ranks += self.lined[self.tables.row_counts].repeat(here)
         ranks.sort()
         here = _count_within(self.by_line.ravel(), ranks)
         ranks += (self.by_class - self.by_line).ravel().repeat(here)
@@ -222,11 +232,20 @@ def _divide(tables: _Tables, moved: np.ndarray) -> _Division:
 
 @lru_cache(maxsize=2)
 def _tables(shapes: tuple[tuple[int, ...], ...]) -> _Tables:
-    sizes = [math.prod(shape) for shape in shapes]
-    rows = np.array([shape[0] if shape else 1 for shape in shapes])
-    columns = sizes // rows
-    counts = np.stack([rows, columns], axis=1).ravel()
-    return _Tables(np.cumsum([0, *sizes]), columns, np.cumsum([0, *counts]))
+    heights = np.array([shape[0] if shape else 1 for shape in shapes])
+    widths = np.array([math.prod(shape[1:]) for shape in shapes])
+    coordinates = np.cumsum([0, *heights * widths])
+    counts = np.cumsum([0, *np.stack([heights, widths], axis=1).ravel()])
+    # Rows are numbered through the model; its tensors' first ones among all are these.
+    firsts = heights.cumsum() - heights
+    within = np.arange(heights.sum()) - firsts.repeat(heights)
+    return _Tables(
+        coordinates,
+        counts,
+        coordinates[:-1].repeat(heights) + widths.repeat(heights) * within,
+        counts[:-1:2].repeat(heights) + within,
+        counts[1::2].repeat(heights),
+    )
 
 
 def _count_within(firsts: np.ndarray, places: np.ndarray) -> np.ndarray:
