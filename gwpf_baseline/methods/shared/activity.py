@@ -24,6 +24,8 @@ from gwpf_baseline.learning.flat_model import Layer
 
 # Where all classes but the first begin, in means of the expected counts.
 _BOUNDS = 2.0 ** np.arange(-4, 4)
+# Above all counts.
+_ABOVE = MOST + 2
 #: How many classes there are.
 CLASSES = _BOUNDS.size + 1
 
@@ -31,28 +33,50 @@ CLASSES = _BOUNDS.size + 1
 class _Tables(NamedTuple):
     """Where a model's tensors stand as matrices, and their counts.
 
+    Counts are in one vector: tensor by tensor those of its rows and then those of its
+    columns. The shorter side of each tensor cuts it into lines, the longer one is along
+    these.
+
     Parameters
     ----------
-    coordinates : numpy.ndarray
-        int64 ``(t + 1,)``, where each begins in the flat vector, and the end.
-    counts : numpy.ndarray
-        int64 ``(2 t + 1,)``, where the counts of the first one's rows begin, those of
-        its columns, those of the second one's rows, and so on, and the end.
+    dimension : int
+        d.
+    counts : int
+        m, how many counts there are.
     rows : numpy.ndarray
         int64 ``(r,)``, where each row begins in the flat vector.
-    row_counts : numpy.ndarray
-        int64 ``(r,)``, where each row's count is.
-    column_counts : numpy.ndarray
-        int64 ``(r,)``, where the counts of its tensor's columns begin.
+    row_counts, column_counts : numpy.ndarray
+        int64 ``(r,)``, where the count of each row is, and where those of its columns
+        begin.
+    sides : numpy.ndarray
+        int64 ``(2 t,)``, where the counts of each side of each tensor begin.
+    lines, along : numpy.ndarray
+        int64 ``(l,)`` and ``(n,)``, where the counts of lines are, and of what is along
+        them.
+    line_tensors, along_tensors : numpy.ndarray
+        int64 ``(l,)`` and ``(n,)``, the numbers of the tensors that these are of.
+    starts, steps : numpy.ndarray
+        int64 ``(l,)`` and ``(n,)``, where each line begins in the flat vector, and how
+        far from there what is along it.
+    firsts : numpy.ndarray
+        int64 ``(t + 1,)``, where each tensor's part of `along` begins, and the end.
     """
 
-    coordinates: np.ndarray
-    counts: np.ndarray
+    dimension: int
+    counts: int
     rows: np.ndarray
     row_counts: np.ndarray
     column_counts: np.ndarray
+    sides: np.ndarray
+    lines: np.ndarray
+    along: np.ndarray
+    line_tensors: np.ndarray
+    along_tensors: np.ndarray
+    starts: np.ndarray
+    steps: np.ndarray
+    firsts: np.ndarray
 
-    def sides(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def counted(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return each row's share of coordinates, and where their columns' counts are.
 
         Parameters
@@ -98,7 +122,7 @@ class Activity:
 
     def __init__(self, layers: list[Layer], counts: np.ndarray | None = None) -> None:
         self._shapes = tuple(shape for _, shape in layers)
-        size = int(_tables(self._shapes).counts[-1])
+        size = _tables(self._shapes).counts
         self.counts = np.zeros(size, np.int32) if counts is None else counts
         if self.counts.shape != (size,) or self.counts.min() < 0:
             raise WireError(f"no {size} counts of what has moved")
@@ -117,7 +141,7 @@ class Activity:
             int64 ``(k,)``, the coordinates, rising.
         """
         tables = _tables(self._shapes)
-        here, columns = tables.sides(positions)
+        here, columns = tables.counted(positions)
         counts = np.bincount(columns, minlength=self.counts.size)
         counts[tables.row_counts] = here
         counts += self.counts
@@ -127,9 +151,8 @@ class Activity:
 class _Division(NamedTuple):
     """The coordinates of a model, divided into classes; see :class:`Classes`.
 
-    Each tensor's shorter side cuts it into lines, and along them coordinates stand in
-    the order in which the longer side has moved: there, a line is one span of each
-    class. Spans begin at three places: line by line, class by class, and in `along`.
+    Along each line, coordinates stand in the order in which the other side has moved:
+    there, what a line has of a class is one span. There are s of these.
 
     Parameters
     ----------
@@ -138,43 +161,45 @@ class _Division(NamedTuple):
     sizes : list of int
         How many coordinates each class has.
     lined : numpy.ndarray
-        int32 ``(m,)``, what each row and column adds to a coordinate's place line by
-        line.
-    by_line, by_class, in_along : numpy.ndarray
-        int32 ``(l, c)``, where each line's span of each class begins.
-    lines : numpy.ndarray
-        int32 ``(l,)``, the first coordinate of each line in the tensor's own order.
-    along : numpy.ndarray
-        int32 ``(n,)``, tensor by tensor how far from that a line's coordinates are, in
-        the order in which they stand.
+        int32 ``(m,)``, what each row and column adds to where a coordinate stands when
+        one line follows the other.
+    by_line, to_class : numpy.ndarray
+        int32 ``(s,)``, where each span begins then, and how much further it does when
+        one class follows the other.
+    by_class, to_step : numpy.ndarray
+        int32 ``(s,)``, where each begins when one class follows the other, and how much
+        further it does in `steps`.
+    starts : numpy.ndarray
+        int32 ``(s,)``, where the lines of the same spans begin in the flat vector.
+    steps : numpy.ndarray
+        int32 ``(n,)``, how far from there what is along them is, in its order.
     """
 
     tables: _Tables
     sizes: list[int]
     lined: np.ndarray
     by_line: np.ndarray
+    to_class: np.ndarray
     by_class: np.ndarray
-    in_along: np.ndarray
-    lines: np.ndarray
-    along: np.ndarray
+    to_step: np.ndarray
+    starts: np.ndarray
+    steps: np.ndarray
 
     def ranks(self, places: np.ndarray) -> np.ndarray:
         """Return where places stand when one class follows the other."""
-        here, columns = self.tables.sides(places)
+        here, columns = self.tables.counted(places)
         ranks = self.lined[columns]
         ranks += self.lined[self.tables.row_counts].repeat(here)
         ranks.sort()
-        here = _count_within(self.by_line.ravel(), ranks)
-        ranks += (self.by_class - self.by_line).ravel().repeat(here)
+        ranks += self.to_class.repeat(_count_within(self.by_line, ranks))
         ranks.sort()
         return ranks
 
     def places(self, ranks: np.ndarray) -> np.ndarray:
         """Undo :meth:`ranks`."""
-        here = _count_within(self.by_class.T.ravel(), ranks)
-        index = ranks + (self.in_along - self.by_class).T.ravel().repeat(here)
-        places = self.along[index]
-        places += np.tile(self.lines, CLASSES).repeat(here)
+        here = _count_within(self.by_class, ranks)
+        places = self.steps[ranks + self.to_step.repeat(here)]
+        places += self.starts.repeat(here)
         places.sort()
         return places.astype(np.int64)
 
@@ -184,49 +209,45 @@ class _Division(NamedTuple):
 @lru_cache(maxsize=2)
 def _divided(shapes: tuple[tuple[int, ...], ...], counts: bytes) -> _Division:
     """Return the classes by the counts of int32 that these bytes are."""
-    return _divide(_tables(shapes), np.frombuffer(counts, np.int32))
-
-
-def _divide(tables: _Tables, moved: np.ndarray) -> _Division:
+    tables = _tables(shapes)
     # Each row and column has moved once before the first time: so nothing is ruled
     # out, and coordinates of small tensors, which do move more, come first.
-    counts = np.split(moved.astype(np.float64) + 1, tables.counts[1:-1])
+    moved = np.frombuffer(counts, np.int32).astype(np.int64) + 1
+    sums = np.add.reduceat(moved, tables.sides)
     # The mean of all expected counts: a table's add up to its columns' counts.
-    mean = sum(columns.sum() for columns in counts[1::2]) / tables.coordinates[-1]
-    lined, by_line, lengths, in_along, lines, along = [], [], [], [], [], []
-    passed = 0
-    for first, rows, columns in zip(
-        tables.coordinates[:-1], counts[::2], counts[1::2], strict=True
-    ):
-        rows_cut = rows.size <= columns.size
-        cut, other = (rows, columns) if rows_cut else (columns, rows)
-        step, other_step = (columns.size, 1) if rows_cut else (1, columns.size)
-        order = np.argsort(other, kind="stable")
-        # What the other side must have moved for each class, line by line: a product of
-        # counts over the rows' sum is what is expected.
-        bounds = _BOUNDS * (rows.sum() * mean) / cut[:, np.newaxis]
-        begins = np.zeros((cut.size, CLASSES), np.int64)
-        begins[:, 1:] = other[order].searchsorted(bounds)
-        firsts = first + order.size * np.arange(cut.size)
-        places = np.argsort(order)
-        lined += [firsts, places] if rows_cut else [places, firsts]
-        by_line.append(firsts[:, np.newaxis] + begins)
-        lengths.append(np.diff(begins, append=order.size))
-        in_along.append(passed + begins)
-        lines.append(first + step * np.arange(cut.size))
-        along.append(other_step * order)
-        passed += order.size
-    sizes = np.concatenate(lengths).T
-    by_class = (sizes.cumsum() - sizes.ravel()).reshape(sizes.shape).T
+    mean = sums[1::2].sum() / tables.dimension
+    # How often what is along a line has to have moved, for each class but the first.
+    rates = (sums[::2] * mean)[tables.line_tensors] / moved[tables.lines]
+    least = np.ceil(_BOUNDS * rates[:, np.newaxis]).clip(max=_ABOVE).astype(np.int64)
+    # All tensors are put in order, and sought in, at once.
+    keys = _ABOVE * tables.along_tensors + moved[tables.along]
+    order = keys.argsort(kind="stable")
+    sought = least + _ABOVE * tables.line_tensors[:, np.newaxis]
+    begins, ends = tables.firsts[:-1], tables.firsts[1:]
+    in_order = np.column_stack(
+        [begins[tables.line_tensors], keys[order].searchsorted(sought)]
+    )
+    lengths = np.diff(in_order, append=ends[tables.line_tensors, np.newaxis])
+    by_line, by_class = _begins(lengths), _begins(lengths.T).T
+    lined = np.empty(tables.counts, np.int32)
+    lined[tables.lines] = by_line[:, 0]
+    lined[tables.along[order]] = np.arange(order.size) - begins[tables.along_tensors]
+    starts = np.broadcast_to(tables.starts[:, np.newaxis], lengths.shape)
+    # Not all lines have something of all classes.
+    some = lengths > 0
+    spans = (
+        by_line[some],
+        (by_class - by_line)[some],
+        by_class.T[some.T],
+        (in_order - by_class).T[some.T],
+        starts.T[some.T],
+        tables.steps[order],
+    )
     return _Division(
         tables,
-        sizes.sum(axis=1).tolist(),
-        np.concatenate(lined, dtype=np.int32),
-        np.concatenate(by_line, dtype=np.int32),
-        by_class.astype(np.int32),
-        np.concatenate(in_along, dtype=np.int32),
-        np.concatenate(lines, dtype=np.int32),
-        np.concatenate(along, dtype=np.int32),
+        lengths.sum(axis=0).tolist(),
+        lined,
+        *(array.astype(np.int32) for array in spans),
     )
 
 
@@ -234,18 +255,45 @@ def _divide(tables: _Tables, moved: np.ndarray) -> _Division:
 def _tables(shapes: tuple[tuple[int, ...], ...]) -> _Tables:
     heights = np.array([shape[0] if shape else 1 for shape in shapes])
     widths = np.array([math.prod(shape[1:]) for shape in shapes])
-    coordinates = np.cumsum([0, *heights * widths])
-    counts = np.cumsum([0, *np.stack([heights, widths], axis=1).ravel()])
-    # Rows are numbered through the model; its tensors' first ones among all are these.
-    firsts = heights.cumsum() - heights
-    within = np.arange(heights.sum()) - firsts.repeat(heights)
+    begins = _begins(heights * widths)
+    # Of each tensor its rows and its columns: how many, how far apart, counted where.
+    lengths = np.stack([heights, widths], axis=1)
+    apart = np.stack([widths, np.ones_like(widths)], axis=1)
+    sides = _begins(lengths)
+    tensors = np.arange(heights.size)
+
+    def laid_out(side: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the tensors of what is on a side, its counts, and how far it is."""
+        each = lengths[tensors, side]
+        of = tensors.repeat(each)
+        number = np.arange(of.size) - _begins(each)[of]
+        return of, sides[of, side[of]] + number, apart[of, side[of]] * number
+
+    # Columns where they are fewer than rows.
+    shorter = (widths < heights).astype(np.intp)
+    row_tensors, row_counts, row_steps = laid_out(np.zeros_like(shorter))
+    line_tensors, lines, line_steps = laid_out(shorter)
+    along_tensors, along, steps = laid_out(1 - shorter)
     return _Tables(
-        coordinates,
-        counts,
-        coordinates[:-1].repeat(heights) + widths.repeat(heights) * within,
-        counts[:-1:2].repeat(heights) + within,
-        counts[1::2].repeat(heights),
+        int((heights * widths).sum()),
+        int(lengths.sum()),
+        begins[row_tensors] + row_steps,
+        row_counts,
+        sides[row_tensors, 1],
+        sides.ravel(),
+        lines,
+        along,
+        line_tensors,
+        along_tensors,
+        begins[line_tensors] + line_steps,
+        steps,
+        along_tensors.searchsorted(np.arange(tensors.size + 1)),
     )
+
+
+def _begins(lengths: np.ndarray) -> np.ndarray:
+    """Return where spans of some lengths begin, one after the other."""
+    return (lengths.cumsum() - lengths.ravel()).reshape(lengths.shape)
 
 
 def _count_within(firsts: np.ndarray, places: np.ndarray) -> np.ndarray:
