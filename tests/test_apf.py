@@ -119,6 +119,21 @@ class Coordinate:
                 self.frozen_until = until + 1
 
 
+class Threshold:
+    """The threshold of stability, which halves where more than 0.8 is frozen."""
+
+    def __init__(self, value: float, readings: AbstractSet[str] = READINGS) -> None:
+        self.value = value
+        self.once = "tightened once" in readings
+        self.above = False
+
+    def note(self, frozen: float) -> None:
+        """Take a check's frozen share."""
+        if frozen > 0.8 and not (self.above and self.once):
+            self.value /= 2
+        self.above = frozen > 0.8
+
+
 @pytest.mark.parametrize("aggressive", [False, True])
 @pytest.mark.parametrize("control", CONTROLS)
 def test_masks_are_what_the_definition_says(control: str, aggressive: bool) -> None:
@@ -132,7 +147,7 @@ def test_masks_are_what_the_definition_says(control: str, aggressive: bool) -> N
     drift[39] = np.nan  # stands for a coordinate without any gradient
     schedule = FreezingSchedule(weights.copy(), config, seed=5)
     coordinates = [Coordinate(value, config) for value in weights]
-    threshold, above, checks, woken, shares = 0.3, False, 0, 0, []
+    threshold, checks, woken, shares = Threshold(0.3), 0, 0, []
     for exchange in range(1, 601):
         schedule.observe(exchange - 1, weights)
         if exchange > 1 and (exchange - 1) % 3 == 0:
@@ -141,17 +156,15 @@ def test_masks_are_what_the_definition_says(control: str, aggressive: bool) -> N
             before = [c.frozen(checks - 1) for c in coordinates]
             for value, coordinate in zip(weights, coordinates, strict=True):
                 live = not coordinate.frozen(checks - 1)
-                coordinate.check(checks, value, threshold)
+                coordinate.check(checks, value, threshold.value)
                 if aggressive:
                     coordinate.draw("one check", checks, exchange - 1, live, draws)
             after = [c.frozen(checks) for c in coordinates]
             woken += sum(b and not a for b, a in zip(before, after, strict=True))
-            if sum(after) / 40 > 0.8 and not above:
-                threshold /= 2
-            above = sum(after) / 40 > 0.8
+            threshold.note(sum(after) / 40)
         active = schedule.active()
         assert_array_equal(active, [not c.frozen(checks) for c in coordinates])
-        assert schedule.stability.threshold == threshold
+        assert schedule.stability.threshold == threshold.value
         shares.append(active.mean())
         step = (drift + rng.normal(size=40)).astype(np.float32)
         weights[active] += np.where(np.isnan(step), 0, step)[active]
@@ -167,7 +180,7 @@ def differing(readings: AbstractSet[str], drifting: int, still: int) -> float:
     schedule = FreezingSchedule(weights.copy(), config, seed=5)
     # Another mask would lead elsewhere: theirs is asked on the same way, that of ours.
     coordinates = [Coordinate(value, config, readings) for value in weights]
-    threshold, above, differ = 0.6, False, 0
+    threshold, differ = Threshold(0.6, readings), 0
     for number in range(1, 401):
         step = rng.normal(size=40).astype(np.float32)
         step[:drifting] += 2
@@ -175,12 +188,9 @@ def differing(readings: AbstractSet[str], drifting: int, still: int) -> float:
         weights[schedule.active()] += step[schedule.active()]
         schedule.observe(number, weights)
         for value, coordinate in zip(weights, coordinates, strict=True):
-            coordinate.check(number, value, threshold)
+            coordinate.check(number, value, threshold.value)
         theirs = np.array([not c.frozen(number) for c in coordinates])
-        share = 1 - theirs.mean()
-        if share > 0.8 and not (above and "tightened once" in readings):
-            threshold /= 2
-        above = share > 0.8
+        threshold.note(1 - theirs.mean())
         differ += int(np.count_nonzero(theirs != schedule.active()))
     return differ / (400 * 40)
 
@@ -203,7 +213,7 @@ def frozen_share(rule: str | None, drifting: int, check_every: int = 1) -> float
     rng, draws = np.random.default_rng(7), np.random.default_rng(8)
     weights = np.zeros(40, np.float32)
     coordinates = [Coordinate(0, config) for _ in weights]
-    threshold, above, frozen = config.threshold, False, 0
+    threshold, frozen = Threshold(config.threshold), 0
     for k in range(1, 2001):
         active = [not c.frozen((k - 1) // check_every) for c in coordinates]
         frozen += active.count(False)
@@ -215,13 +225,10 @@ def frozen_share(rule: str | None, drifting: int, check_every: int = 1) -> float
         number = k // check_every
         for value, coordinate in zip(weights, coordinates, strict=True):
             live = not coordinate.frozen(number - 1)
-            coordinate.check(number, value, threshold)
+            coordinate.check(number, value, threshold.value)
             if rule is not None:
                 coordinate.draw(rule, number, k, live, draws)
-        share = sum(c.frozen(number) for c in coordinates) / 40
-        if share > 0.8 and not above:
-            threshold /= 2
-        above = share > 0.8
+        threshold.note(sum(c.frozen(number) for c in coordinates) / 40)
     return frozen / (2000 * 40)
 
 
