@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Protocol
 
 import constriction
@@ -186,8 +187,8 @@ def encode_positions(
     if classes is not None:
         ranks = classes.ranks(positions)
         # Of another type than the bounds, all ranks would be converted first.
-        ends = ranks.searchsorted(np.cumsum(classes.sizes, dtype=np.int32))
-        ones = np.diff(ends, prepend=0).tolist()
+        ends = ranks.searchsorted(np.cumsum(classes.sizes, dtype=np.int32)).tolist()
+        ones = [end - start for start, end in pairwise([0, *ends])]
         code = _encode_gaps(ranks, ones, classes.sizes)
     elif positions.size > _RARE * length:
         return encode_bitmap(marked(positions, length))

@@ -298,4 +298,7 @@ def _begins(lengths: np.ndarray) -> np.ndarray:
 
 def _count_within(firsts: np.ndarray, places: np.ndarray) -> np.ndarray:
     """Count how many places, which rise, are in each of the spans that begin there."""
-    return np.diff(places.searchsorted(firsts), append=places.size)
+    bounds = np.empty(firsts.size + 1, np.intp)
+    bounds[:-1] = places.searchsorted(firsts)
+    bounds[-1] = places.size
+    return bounds[1:] - bounds[:-1]
