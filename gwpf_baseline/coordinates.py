@@ -96,7 +96,7 @@ class ScatteredSum:
     """The sum of vectors that are zero but in a few places.
 
     Added to a long vector one by one, nearly each of these places is a cache miss. So
-    they are held back, in no more memory than the sum itself takes, and then added a
+    they are held back, in at most twice the memory of the sum itself, and then added a
     block after the other; each place still gets its summands in the order in which
     they came, and has the same bits.
 
@@ -126,7 +126,7 @@ class ScatteredSum:
             float32 ``(k,)``, its values there.
         """
         self._held.append((index, values))
-        if sum(i.nbytes + v.nbytes for i, v in self._held) > self._sum.nbytes:
+        if sum(i.nbytes + v.nbytes for i, v in self._held) > 2 * self._sum.nbytes:
             for _ in self.blocks():
                 pass
 

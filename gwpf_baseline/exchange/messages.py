@@ -151,13 +151,19 @@ class Messages:
         self.mask = mask
         self._mask_checksum = None
 
-    def close(self, changed: BoolVector | slice) -> None:
-        """Note which coordinates the exchange has changed, bool ``(d,)`` or a slice."""
-        if isinstance(changed, slice):
-            self.last_changed[changed] = self.exchange
-        else:
+    def close(self, changed: np.ndarray | slice) -> None:
+        """Note what the exchange has changed.
+
+        Parameters
+        ----------
+        changed : numpy.ndarray or slice
+            The coordinates: bool ``(d,)``, int64 ``(k,)`` or a slice.
+        """
+        if not isinstance(changed, slice) and changed.dtype == np.bool_:
             for index, _ in cache_blocks(changed):
                 self.last_changed[index] = self.exchange
+        else:
+            self.last_changed[changed] = self.exchange
         self._written = {}
 
     def write(self, client: int, with_mask: bool) -> Message:

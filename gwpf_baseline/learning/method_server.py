@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -183,7 +184,7 @@ class MethodServer(ABC, Generic[Upload]):
         """
 
     @abstractmethod
-    def finish_exchange(self, total_weight: float) -> BoolVector | slice:
+    def finish_exchange(self, total_weight: float) -> np.ndarray | slice:
         """Apply the exchange's sums to the global model and decide what follows.
 
         Parameters
@@ -194,7 +195,8 @@ class MethodServer(ABC, Generic[Upload]):
         Returns
         -------
         numpy.ndarray or slice
-            bool ``(d,)``, the coordinates that changed, or ``EVERYTHING``.
+            The coordinates that changed: bool ``(d,)``, int64 ``(k,)``, or
+            ``EVERYTHING``.
         """
 
     def abandon_exchange(self) -> None:

@@ -24,7 +24,7 @@ from gwpf_baseline.learning.method_client import Task
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.methods import Method
 from gwpf_baseline.methods.shared.ternary import TernaryClient, TernaryStrategy
-from gwpf_baseline.utils import BoolVector, ConfigError, is_number
+from gwpf_baseline.utils import ConfigError, is_number
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class GWPFStrategy(TernaryStrategy):
         """Return the share that a client sends."""
         return self.config.vote_fraction
 
-    def finish_exchange(self, total_weight: float) -> BoolVector:
+    def finish_exchange(self, total_weight: float) -> np.ndarray:
         """Accumulate the votes, thaw what has most of them, and move that."""
         thawed = self.compressed_mean(total_weight, self.config.thaw_budget)
         self.thawed = thawed.signs.size

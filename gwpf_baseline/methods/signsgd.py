@@ -82,7 +82,7 @@ class SignSGDStrategy(SteppingStrategy[BoolVector]):
         """Count one client's votes."""
         self.votes += np.where(upload, np.float32(weight), np.float32(-weight))
 
-    def finish_exchange(self, total_weight: float) -> BoolVector:
+    def finish_exchange(self, total_weight: float) -> np.ndarray:
         """Move each coordinate the way that most want; where they are even, none."""
         del total_weight
         decided = np.flatnonzero(self.votes)

@@ -11,12 +11,14 @@ and does to the mean what the clients did: its step is as sparse and as ternary.
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from gwpf_baseline.exchange.payload import Writer
 from gwpf_baseline.learning.method_client import Task
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.methods import Method
 from gwpf_baseline.methods.shared.ternary import TernaryClient, TernaryStrategy
-from gwpf_baseline.utils import BoolVector, ConfigError, is_number
+from gwpf_baseline.utils import ConfigError, is_number
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class STCStrategy(TernaryStrategy):
         """Return the share that a client sends."""
         return self.config.up
 
-    def finish_exchange(self, total_weight: float) -> BoolVector:
+    def finish_exchange(self, total_weight: float) -> np.ndarray:
         """Move the model by what the mean, with what is due, is compressed to."""
         return self.take_step(self.compressed_mean(total_weight, self.config.down))
 

@@ -176,7 +176,7 @@ class SteppingStrategy(SyncStrategy[Upload]):
         self.steps: list[Sections] = []
         self.activity = Activity(self.layers) if self.foresees else None
 
-    def take_step(self, step: Ternary) -> BoolVector:
+    def take_step(self, step: Ternary) -> np.ndarray:
         """Move the model by a step, and keep it for those who are not here.
 
         Parameters
@@ -187,13 +187,13 @@ class SteppingStrategy(SyncStrategy[Upload]):
         Returns
         -------
         numpy.ndarray
-            bool ``(d,)``, the coordinates that changed.
+            int64 ``(k,)``, the coordinates that changed.
         """
         np.add.at(self.weights.numpy(), step.positions, step.values())
         self._remember(step)
         if self.activity is not None:
             self.activity.note(step.positions)
-        return marked(step.positions, self.dimension)
+        return step.positions
 
     def abandon_exchange(self) -> None:
         """Remember a step that leads nowhere: steps are counted by exchanges."""
