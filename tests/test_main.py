@@ -108,7 +108,10 @@ def test_who_stops_a_run_is_told_how_it_goes_on(tmp_path: Path) -> None:
         while not CheckpointFolder(tmp_path).rounds() and time.monotonic() < deadline:
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=60)
+        try:
+            _, told = process.communicate(timeout=60)
+        finally:
+            process.kill()  # or this would wait for all its rounds
     assert process.returncode == 130
     [line] = told.splitlines()
     assert line.startswith(f"stopped; resume={tmp_path} goes on after round ")

@@ -102,7 +102,8 @@ class Run:
 @pytest.fixture(name="nodes", scope="module")
 def _nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """Start three SuperNodes with disks of their own, and stop all at the end."""
-    with Deployment(tmp_path_factory.mktemp("nodes"), 39310, database=True) as nodes:
+    # Below the ports that Linux gives to whoever asks for any.
+    with Deployment(tmp_path_factory.mktemp("nodes"), 27310, database=True) as nodes:
         nodes.start_superlink()
         for number in range(3):
             nodes.start_supernode(number, number)
