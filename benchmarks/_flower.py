@@ -39,6 +39,7 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 from gwpf_baseline.callbacks import OnRound
 from gwpf_baseline.client_app import make_client
 from gwpf_baseline.config import workbench
+from gwpf_baseline.learning.state import InMemory
 from gwpf_baseline.learning.training import train
 from gwpf_baseline.model import initial_model
 from gwpf_baseline.records.history import History
@@ -64,7 +65,8 @@ class DenseClient(NumPyClient):
     """Our data, model and local loop; all weights exchanged, and no state kept."""
 
     def __init__(self, cfg: DictConfig, context: Context) -> None:
-        self.ours = make_client(cfg, context, "")
+        client = int(context.node_config["partition-id"])
+        self.ours = make_client(cfg, client, "unused", InMemory())
 
     def fit(self, parameters: Arrays, config: dict) -> tuple[Arrays, int, dict]:
         """Train from the given weights on the batches of this round."""

@@ -33,7 +33,7 @@ class WatchedNode(LocalNode):
         """Let the client answer, and look at the model that it has trained."""
         answer = super().fit(ins, timeout, group_id)
         # A process has one model, which is this client's until the next one's turn.
-        vector = self.build(self.context).model.vector
+        vector = self.build(self.store).model.vector
         self.models.append(vector.detach().numpy().copy())
         return answer
 

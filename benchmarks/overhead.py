@@ -13,13 +13,11 @@ from typing import Any
 
 import torch
 from _common import add_data_option, announced, parser, show
-from flwr.common import Context, FitIns, FitRes
+from flwr.common import FitIns, FitRes
 from omegaconf import DictConfig
 
 from gwpf_baseline.client_app import make_client
 from gwpf_baseline.config import checked, compose_config, workbench
-from gwpf_baseline.learning.client import SyncClient
-from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.local import LocalFederation, LocalNode
 from gwpf_baseline.server_app import make_strategy
 
@@ -44,7 +42,7 @@ class Node(LocalNode):
     def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
         """Let the client train."""
         called = time.perf_counter()
-        client = self.build(self.context).to_client()
+        client = self.build(self.store).to_client()
         started = time.perf_counter()
         answer = client.fit(ins)
         self.seconds += time.perf_counter() - started
@@ -58,7 +56,10 @@ class Federation(LocalFederation):
     nodes: list[Node]  # type: ignore[assignment]
 
     def __init__(self, cfg: DictConfig) -> None:
-        nodes = [Node(i, partial(_client, cfg)) for i in range(cfg.num_clients)]
+        nodes = [
+            Node(client, partial(make_client, cfg, client, "unused"))
+            for client in range(cfg.num_clients)
+        ]
         super().__init__(make_strategy(cfg, workbench(cfg)), nodes)
 
     def timed(self) -> tuple[float, float]:
@@ -75,16 +76,12 @@ class Federation(LocalFederation):
 
     def memory(self) -> tuple[float, float]:
         """Return the bytes that a client and the server keep between rounds."""
-        state = ClientState.load(self.nodes[0].context)
+        state = self.nodes[0].store.load()
         assert state is not None
         client = sum(array.nbytes for array in state.arrays.values())
         kept = self.strategy.method_state().values()
         server = sum(value.nbytes for value in kept if torch.is_tensor(value))
         return client, server
-
-
-def _client(cfg: DictConfig, context: Context) -> SyncClient:
-    return make_client(cfg, context, "unused")
 
 
 def main() -> None:

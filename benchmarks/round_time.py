@@ -41,7 +41,7 @@ class Training:
 
     def __init__(self, cfg: DictConfig, workers: int) -> None:
         self.workers = workers
-        self.clients = [node.build(node.context) for node in federation(cfg).nodes]
+        self.clients = [node.build(node.store) for node in federation(cfg).nodes]
         self.drawn = cfg.local_steps * cfg.batch_size
         self.seconds: list[float] = []
 

@@ -22,7 +22,7 @@ from unittest import mock
 import numpy as np
 import torch
 from _common import announced, parser, show
-from flwr.common import Context, FitIns, RecordDict
+from flwr.common import FitIns
 from torch import nn
 
 from gwpf_baseline.config import compose_config, training_config, workbench
@@ -40,7 +40,7 @@ from gwpf_baseline.learning import method_client
 from gwpf_baseline.learning.client import SyncClient
 from gwpf_baseline.learning.flat_model import FlatModel
 from gwpf_baseline.learning.method_client import Task
-from gwpf_baseline.learning.state import ClientState
+from gwpf_baseline.learning.state import ClientState, InMemory
 from gwpf_baseline.learning.training import Batches, StepHook
 from gwpf_baseline.methods import Method, load_method
 from gwpf_baseline.methods.gwpf_paper import GWPFPaperStrategy, GWPFUpload
@@ -250,12 +250,12 @@ def client_of(
     kind: Callable[..., SyncClient], config: Any, model: nn.Module, start: torch.Tensor
 ) -> SyncClient:
     """Return a client that is not to train: it has the default's data, and one row."""
-    context = Context(0, 0, {}, RecordDict(), {})
     cfg = compose_config()
     # They know the seed and the client's number.
     batches = Batches(workbench(cfg).data, np.arange(1), 0, 0)
     training = training_config(cfg)
-    return kind(context, FlatModel(model), start, batches, training, config=config)
+    flat = FlatModel(model)
+    return kind(InMemory(), flat, start, batches, training, config=config)
 
 
 class OneClient:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from flwr.client import Client
 from flwr.clientapp import ClientApp
-from flwr.common import Context, RecordDict
+from flwr.common import Context
 from omegaconf import DictConfig, OmegaConf
 
 from gwpf_baseline.config import Workbench, from_run_config, workbench
 from gwpf_baseline.learning.client import SyncClient
 from gwpf_baseline.learning.flat_model import FlatModel, parameters_to_vector
+from gwpf_baseline.learning.state import InMemory, OnDisk, StateStore
 from gwpf_baseline.learning.training import Batches
 from gwpf_baseline.records.checkpoint import CheckpointFolder
 from gwpf_baseline.utils import (
@@ -27,7 +28,11 @@ from gwpf_baseline.utils import (
 
 
 def make_client(
-    cfg: DictConfig, context: Context, folder: str, bench: Workbench | None = None
+    cfg: DictConfig,
+    client: int,
+    folder: str,
+    store: StateStore | None = None,
+    bench: Workbench | None = None,
 ) -> SyncClient:
     """Build the client of one partition.
 
@@ -35,10 +40,13 @@ def make_client(
     ----------
     cfg : DictConfig
         A checked configuration.
-    context : Context
-        Flower's context, with ``partition-id`` in its node configuration.
+    client : int
+        The partition's id.
     folder : str
         The run's folder, for the client's part of checkpoints.
+    store : StateStore, optional
+        What the client keeps from one message to the next; default: a file in that
+        folder.
     bench : Workbench, optional
         The data, the model and the method; default: what is configured.
 
@@ -46,20 +54,7 @@ def make_client(
     -------
     SyncClient
         The configured method's client.
-
-    Raises
-    ------
-    ConfigError
-        The node has no partition, or one that does not exist.
     """
-    client = context.node_config.get("partition-id")
-    if not is_whole(client, 0) or client >= cfg.num_clients:
-        raise ConfigError(
-            "partition-id",
-            client,
-            f"in the node's configuration, from 0 to {cfg.num_clients - 1} "
-            f"(num_clients={cfg.num_clients})",
-        )
     torch.set_num_threads(cfg.client_threads)
     bench = bench or workbench(cfg)
     model, initial = _flat_model(cfg.client_resources.num_gpus, bench.model)
@@ -67,7 +62,7 @@ def make_client(
         bench.data, bench.partitions[client], cfg.seed, client, cfg.dataset.augment
     )
     return bench.method.client(
-        context,
+        store or OnDisk(folder, client, initial.numel()),
         model,
         initial,
         batches,
@@ -97,28 +92,6 @@ def _flat_model(
     return FlatModel(copy.deepcopy(model), pick_device(num_gpus)), initial
 
 
-def new_context(client: int) -> Context:
-    """Return what Flower gives to a simulated client that has kept nothing yet.
-
-    Parameters
-    ----------
-    client : int
-        Its partition id.
-
-    Returns
-    -------
-    Context
-        With an empty state.
-    """
-    return Context(
-        run_id=1,
-        node_id=client,
-        node_config={"partition-id": client},
-        state=RecordDict(),
-        run_config={},
-    )
-
-
 class Worker:
     """Plays clients, one at a time, in a process of Ray's; outlives a run.
 
@@ -130,7 +103,7 @@ class Worker:
         self.cfg = DictConfig({})
         self.folder = ""
         self.bench: Workbench | None = None
-        self.contexts: dict[int, Context] = {}
+        self.stores: dict[int, InMemory] = {}
 
     def begin(self, text: str, folder: str) -> None:
         """Begin a run.
@@ -144,13 +117,13 @@ class Worker:
         """
         self.cfg = OmegaConf.create(json.loads(text))
         self.folder = folder
-        self.contexts.clear()
+        self.stores.clear()
         # None if that fails: never the last run's.
         self.bench = None
         self.bench = workbench(self.cfg)
 
     def answer(
-        self, client: int, question: str, ins: Any, context: Context | None = None
+        self, client: int, question: str, ins: Any, store: InMemory | None = None
     ) -> Any:
         """Let a client answer a message.
 
@@ -162,7 +135,7 @@ class Worker:
             The method of Flower's ``Client`` that answers.
         ins : FitIns or GetPropertiesIns
             The message.
-        context : Context, optional
+        store : InMemory, optional
             What the client keeps; default: as this worker holds it.
 
         Returns
@@ -170,21 +143,34 @@ class Worker:
         FitRes or GetPropertiesRes
             The answer.
         """
-        context = context or self.contexts.get(client) or new_context(client)
-        self.contexts[client] = context
-        made = make_client(self.cfg, context, self.folder, self.bench)
+        store = store or self.stores.get(client) or InMemory()
+        self.stores[client] = store
+        made = make_client(self.cfg, client, self.folder, store, self.bench)
         return getattr(made.to_client(), question)(ins)
 
-    def give(self, client: int) -> Context:
+    def give(self, client: int) -> InMemory:
         """Give away what a client keeps, also while another one is played."""
-        return self.contexts.pop(client, None) or new_context(client)
+        return self.stores.pop(client, None) or InMemory()
 
 
 def client_fn(context: Context) -> Client:
-    """Build a client from Flower's run configuration."""
+    """Build a client from Flower's run configuration.
+
+    Raises
+    ------
+    ConfigError
+        The node has no partition, or one that does not exist.
+    """
     cfg = _composed(json.dumps(dict(context.run_config), sort_keys=True))
-    folder = str(run_folder(context.run_id))
-    return make_client(cfg, context, folder).to_client()
+    client = context.node_config.get("partition-id")
+    if not is_whole(client, 0) or client >= cfg.num_clients:
+        raise ConfigError(
+            "partition-id",
+            client,
+            f"in the node's configuration, from 0 to {cfg.num_clients - 1} "
+            f"(num_clients={cfg.num_clients})",
+        )
+    return make_client(cfg, client, str(run_folder(context.run_id))).to_client()
 
 
 @functools.lru_cache(maxsize=1)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from flwr.common import (
-    Context,
     DisconnectRes,
     EvaluateIns,
     EvaluateRes,
@@ -27,9 +26,10 @@ from flwr.server import Server, ServerConfig, SimpleClientManager
 from flwr.server.client_proxy import ClientProxy
 from omegaconf import DictConfig
 
-from gwpf_baseline.client_app import make_client, new_context
+from gwpf_baseline.client_app import make_client
 from gwpf_baseline.config import Workbench, workbench
 from gwpf_baseline.learning.client import SyncClient
+from gwpf_baseline.learning.state import InMemory
 from gwpf_baseline.records.history import RoundRecord
 from gwpf_baseline.server_app import Play, make_strategy
 from gwpf_baseline.strategy import Callback, SyncStrategy
@@ -40,10 +40,9 @@ _ONE_AT_A_TIME = threading.Lock()
 
 # pylint: disable-next=abstract-method  # which its kinds fill in
 class SimulatedNode(ClientProxy):
-    """A node whose client's context is kept by who simulates it.
+    """A node whose client's state is kept by who simulates it.
 
-    As in Flower, the client is built anew for each message and only its context lives
-    on.
+    As in Flower, the client is built anew for each message and only its state lives on.
 
     Parameters
     ----------
@@ -60,7 +59,7 @@ class SimulatedNode(ClientProxy):
 
     def forget(self) -> None:
         """Lose all state, as a node does that is set up again."""
-        self.context = new_context(self.partition)
+        self.store = InMemory()
 
     def get_parameters(
         self, ins: GetParametersIns, timeout: float | None, group_id: int | None
@@ -91,13 +90,13 @@ class LocalNode(SimulatedNode):
     partition, cid : object
         As of :class:`SimulatedNode`.
     build : callable
-        Builds the client from a Flower context.
+        Builds the client from what it keeps.
     """
 
     def __init__(
         self,
         partition: int,
-        build: Callable[[Context], SyncClient],
+        build: Callable[[InMemory], SyncClient],
         cid: str | None = None,
     ) -> None:
         super().__init__(partition, cid)
@@ -110,7 +109,7 @@ class LocalNode(SimulatedNode):
         with _ONE_AT_A_TIME:
             threads = torch.get_num_threads()
             try:
-                return self.build(self.context).to_client().fit(ins)
+                return self.build(self.store).to_client().fit(ins)
             finally:
                 torch.set_num_threads(threads)
 
@@ -120,7 +119,7 @@ class LocalNode(SimulatedNode):
         """Ask the client who it is."""
         # Python 3.11 parses source, as libraries do, in one thread at a time only.
         with _ONE_AT_A_TIME:
-            return self.build(self.context).to_client().get_properties(ins)
+            return self.build(self.store).to_client().get_properties(ins)
 
 
 class LocalFederation:
@@ -224,5 +223,7 @@ def among(nodes: Sequence[SimulatedNode], at_once: int) -> Play:
 
 
 def _nodes(cfg: DictConfig, folder: str, bench: Workbench) -> list[LocalNode]:
-    build = partial(make_client, cfg, folder=folder, bench=bench)
-    return [LocalNode(client, build) for client in range(cfg.num_clients)]
+    return [
+        LocalNode(client, partial(make_client, cfg, client, folder, bench=bench))
+        for client in range(cfg.num_clients)
+    ]

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from gwpf_baseline.config import (
     workbench,
 )
 from gwpf_baseline.learning.flat_model import FlatModel, to_ndarrays
+from gwpf_baseline.learning.state import STATE_FOLDER
 from gwpf_baseline.learning.training import evaluate
 from gwpf_baseline.methods.shared.network_file import NETWORK_FILE
 from gwpf_baseline.records.checkpoint import CheckpointFolder, StateError
@@ -279,4 +281,7 @@ def main(grid: Grid, context: Context) -> None:
     if cfg.resume:
         check_same_run(cfg)
     check_resume(cfg)
-    run_server(cfg, on_grid(grid), run_folder(context.run_id), Console())
+    folder = run_folder(context.run_id)
+    run_server(cfg, on_grid(grid), folder, Console())
+    # Of clients that share this disk, as simulated ones do: it was for the next round.
+    shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.common import Context, FitIns, FitRes, Parameters
+from flwr.common import FitIns, FitRes, Parameters
 from omegaconf import DictConfig
 from sklearn.datasets import load_digits
 from torch import nn
@@ -23,7 +23,7 @@ from gwpf_baseline.exchange.payload import Reader, from_parameters, to_parameter
 from gwpf_baseline.learning.client import SyncClient
 from gwpf_baseline.learning.flat_model import FlatModel, parameters_to_vector
 from gwpf_baseline.learning.method_client import Task
-from gwpf_baseline.learning.state import ClientState
+from gwpf_baseline.learning.state import ClientState, StateStore
 from gwpf_baseline.learning.training import Batches, StepHook, TrainingConfig
 from gwpf_baseline.local import LocalFederation, LocalNode
 from gwpf_baseline.methods import load_method
@@ -61,11 +61,11 @@ class Node(LocalNode):
     @property
     def state(self) -> ClientState:
         """The client's state."""
-        return ClientState.load(self.context) or ClientState()
+        return self.store.load() or ClientState()
 
     def uploaded(self) -> np.ndarray:
         """Return the coordinates of the last upload that the client has noted."""
-        return self.build(self.context).sent(self.state)
+        return self.build(self.store).sent(self.state)
 
     def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
         """Let the client train, unless one of the two messages gets lost."""
@@ -120,10 +120,11 @@ def configured(
     if cfg.resume:
         server.load_state(CheckpointFolder(cfg.resume).server_state())
 
-    def build(context: Context) -> SyncClient:
-        return make_client(cfg, context, str(folder))
-
-    return Federation(server, [Node(i, build) for i in range(cfg.num_clients)])
+    nodes = [
+        Node(client, partial(make_client, cfg, client, str(folder)))
+        for client in range(cfg.num_clients)
+    ]
+    return Federation(server, nodes)
 
 
 def digits() -> TaskData:
@@ -185,11 +186,11 @@ def small(
     flat, initial = FlatModel(copy.deepcopy(model)), parameters_to_vector(model)
     ends = np.cumsum([0, *sizes])
 
-    def build(client: int, context: Context) -> SyncClient:
+    def build(client: int, store: StateStore) -> SyncClient:
         rows = np.arange(ends[client], ends[client + 1])
         batches = Batches(data, rows, seed=0, client=client)
         return found.client(
-            context,
+            store,
             flat,
             initial,
             batches,
@@ -270,10 +271,10 @@ def scripted(
     bases: Any = (Scripted, found.client)
     played = type("ScriptedClient", bases, {})
 
-    def build(client: int, context: Context) -> SyncClient:
+    def build(client: int, store: StateStore) -> SyncClient:
         batches = Batches(data, np.arange(1), 0, client)
         built = played(
-            context,
+            store,
             flat,
             initial,
             batches,

@@ -343,8 +343,8 @@ def test_a_frozen_coordinate_never_moves() -> None:
     server, seen = federation.strategy, []
 
     def watch(build: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(context: Any) -> Any:
-            client = build(context)
+        def watched(store: Any) -> Any:
+            client = build(store)
             train = client.train
 
             def training(
@@ -429,7 +429,7 @@ def test_a_client_with_another_mask_is_left_out_and_then_told() -> None:
     federation.play(8)
     state = node.state
     state.arrays["schedule.deadline"] = state.arrays["schedule.deadline"] + 3
-    state.save(node.context)
+    node.store.save(state)
     record = federation.play()
     assert (record.clients, record.failures) == (2, 1)
     record = federation.play(3)

@@ -388,15 +388,15 @@ def flower_home(tmp_path: Path) -> Iterator[dict[str, str]]:
         **os.environ,
         "FLWR_HOME": str(tmp_path / "flwr"),
         "GWPF_OUTPUTS": str(tmp_path / "outputs"),
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": "39291",
-        "FLWR_LOCAL_CONTROL_API_PORT": "39293",
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": "27391",
+        "FLWR_LOCAL_CONTROL_API_PORT": "27393",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         # The app's dependencies are those of this very environment.
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     yield environment
-    subprocess.run(["pkill", "-f", "flower-superlink.*39291"], check=False)
+    subprocess.run(["pkill", "-f", "flower-superlink.*27391"], check=False)
     shutil.rmtree(tmp_path / "flwr", ignore_errors=True)
 
 
@@ -426,6 +426,8 @@ def test_flwr_run_gives_the_same_history(
     assert len(outputs) == 1, result.stdout + result.stderr
     assert rows_without_seconds(outputs[0]) == rows_without_seconds(small_run)
     assert model_bytes(outputs[0]) == model_bytes(small_run)
+    # What clients kept there from round to round is nobody's any more.
+    assert not (outputs[0] / "state").exists()
 
 
 def test_records_are_the_designs_columns() -> None:

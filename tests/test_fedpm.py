@@ -179,7 +179,7 @@ def test_both_sides_hold_the_same_scores(bits: int) -> None:
     options = {"probability_bits": bits}
     federation = small([4], TrainingConfig(), "fedpm", options)
     node = federation.nodes[0]
-    client, server = node.build(node.context), federation.strategy
+    client, server = node.build(node.store), federation.strategy
     header = Header("fedpm", Kind.MODEL, 1, -1, server.dimension)
     writer = Writer(header)
     scores = score_table(bits)[1:]

@@ -111,7 +111,7 @@ def test_a_client_that_lost_count_says_so(counts: list[int] | None) -> None:
     del state.arrays["activity"]
     if counts is not None:
         state.arrays["activity"] = np.array(counts, np.int32)
-    state.save(node.context)
+    node.store.save(state)
     record = federation.play()
     assert (record.clients, record.failures) == (1, 1)
     assert federation.play().clients == 2

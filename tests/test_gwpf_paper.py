@@ -19,7 +19,7 @@ from federation import (
     payload_of,
     with_tensors,
 )
-from flwr.common import Context, FitRes
+from flwr.common import FitRes
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -27,6 +27,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
 
 from gwpf_baseline.learning.flat_model import FlatModel, parameters_to_vector
+from gwpf_baseline.learning.state import StateStore
 from gwpf_baseline.learning.training import Batches, TrainingConfig
 from gwpf_baseline.methods.gwpf_paper import (
     GWPFPaperClient,
@@ -140,10 +141,10 @@ class ScriptedFederation(Federation):
         flat, initial = FlatModel(nn.Linear(1, 1)), parameters_to_vector(model)
         data = digits()
 
-        def build(client: int, context: Context) -> GWPFPaperClient:
+        def build(client: int, store: StateStore) -> GWPFPaperClient:
             batches = Batches(data, np.arange(1), 0, client)
             built = ScriptedClient(
-                context, flat, initial, batches, TrainingConfig(), config=config
+                store, flat, initial, batches, TrainingConfig(), config=config
             )
             built.script, built.starts = script, self.starts[client]
             return built

@@ -14,7 +14,6 @@ import torch
 from federation import Federation, Node, payload_of, scripted, small
 from flwr.common import (
     Code,
-    Context,
     FitIns,
     FitRes,
     GetPropertiesIns,
@@ -36,6 +35,7 @@ from gwpf_baseline.exchange.payload import (
 from gwpf_baseline.learning.client import SyncClient
 from gwpf_baseline.learning.flat_model import FlatModel
 from gwpf_baseline.learning.server_optimizer import ServerOptimizerConfig
+from gwpf_baseline.learning.state import InMemory
 from gwpf_baseline.learning.training import Batches, TrainingConfig, evaluate
 from gwpf_baseline.methods.shared.ternary import Ternary, write_ternary
 from gwpf_baseline.utils import ConfigError, RunError
@@ -329,7 +329,7 @@ def test_what_was_used_is_not_sent_again_by_who_was_lost() -> None:
     node = federation.nodes[1]
     state = node.state
     del state.arrays["weights"]
-    state.save(node.context)
+    node.store.save(state)
     assert federation.play(3).failures == 0
     # Everybody's step of a half arrived once: the mean of the three.
     assert torch.allclose(federation.strategy.weights, torch.full((24,), 1.5))
@@ -381,7 +381,7 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
 def accuracy(federation: Federation) -> float:
     """Return the test accuracy of a federation's model."""
     strategy = federation.strategy
-    data = federation.nodes[0].build(federation.nodes[0].context).batches.data
+    data = federation.nodes[0].build(federation.nodes[0].store).batches.data
     model = FlatModel(strategy.model)
     model.load(strategy.measured_weights(), strategy.buffers)
     return evaluate(model, data)[1]
@@ -625,8 +625,8 @@ def test_a_round_that_did_not_stay_finite_is_dropped(
     federation = small(THREE, training, method, options)
     build = federation.nodes[1].build
 
-    def feverish(context: Context) -> SyncClient:
-        client = build(context)
+    def feverish(store: InMemory) -> SyncClient:
+        client = build(store)
         old = client.batches
         client.batches = Feverish(old.data, old.indices, old.seed, old.client)
         client.batches.ill_at = 2 * BRIEF.local_steps * BRIEF.batch_size
@@ -649,7 +649,7 @@ def test_a_residual_beyond_all_floats_is_forgotten() -> None:
     node = federation.nodes[1]
     state = node.state
     state.own("residual")[:] = np.inf
-    state.save(node.context)
+    node.store.save(state)
     assert [federation.play().failures for _ in range(3)] == [1, 0, 0]
     assert np.isfinite(node.state.arrays["residual"]).all()
 
@@ -669,7 +669,7 @@ def test_clients_take_any_number_of_an_exchange(method: str, exchange: int) -> N
                 message = odd.pack()
             except AssertionError:
                 continue
-            client = node.build(node.context)
+            client = node.build(node.store)
             body = bytes(from_parameters(node.received[0]))
             _, start = Header.unpack(body, header.method, header.length)
             payload = np.frombuffer(message + body[start:], np.uint8)

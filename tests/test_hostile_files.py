@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from federation import KEPT, Federation, Node, small
-from flwr.common import Context
 from safetensors.torch import save_file
 
 from gwpf_baseline.exchange.coding import MOST
 from gwpf_baseline.learning.client import SyncClient
 from gwpf_baseline.learning.server_optimizer import ServerOptimizerConfig
+from gwpf_baseline.learning.state import InMemory
 from gwpf_baseline.learning.training import TrainingConfig
 from gwpf_baseline.records.checkpoint import (
     CheckpointFolder,
@@ -204,8 +204,8 @@ def start_again(node: Node, folder: CheckpointFolder) -> None:
     """Let a node lose all that it held in memory, but not its disk."""
     build = node.build
 
-    def found(context: Context) -> SyncClient:
-        client = build(context)
+    def found(store: InMemory) -> SyncClient:
+        client = build(store)
         client.found = [folder]
         return client
 
@@ -248,7 +248,7 @@ def test_a_client_takes_no_state_but_its_own(changes: State, tmp_path: Path) -> 
     file = folder.client_file(3, 0)
     save_state(file, state)
     start_again(federation.nodes[0], folder)
-    client = federation.nodes[0].build(federation.nodes[0].context)
+    client = federation.nodes[0].build(federation.nodes[0].store)
     assert client.load_state(3).cursor == state["cursor"]
     np.testing.assert_array_equal(
         client.load_state(3).arrays["residual"], state["residual"]
@@ -276,7 +276,7 @@ def test_old_files_of_a_client_are_removed(tmp_path: Path) -> None:
     federation = played("gaia")
     node = federation.nodes[0]
     folder = CheckpointFolder(tmp_path)
-    client = node.build(node.context)
+    client = node.build(node.store)
     client.saved = folder
     for number, committed in ((2, 0), (4, 2), (6, 2), (8, 6)):
         client.get_properties({"checkpoint": number, "committed": committed})

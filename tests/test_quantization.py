@@ -271,8 +271,8 @@ def test_the_residual_is_what_the_server_did_not_get(
     seen: list[np.ndarray] = []
     build = node.build
 
-    def watched(context: Any) -> Any:
-        client = build(context)
+    def watched(store: Any) -> Any:
+        client = build(store)
         settle = client.settle
 
         def settled(state: Any) -> None:

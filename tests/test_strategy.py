@@ -24,7 +24,7 @@ from federation import (
     with_payload,
     with_tensors,
 )
-from flwr.common import Code, Context, FitRes, Parameters, Status
+from flwr.common import Code, FitRes, Parameters, Status
 from numpy.testing import assert_allclose, assert_array_equal
 from omegaconf import DictConfig
 
@@ -41,7 +41,7 @@ from gwpf_baseline.exchange.network import Network
 from gwpf_baseline.exchange.payload import Part, Reader, from_parameters, to_parameters
 from gwpf_baseline.learning.client import SyncClient
 from gwpf_baseline.learning.method_client import Task
-from gwpf_baseline.learning.state import ClientState
+from gwpf_baseline.learning.state import ClientState, InMemory
 from gwpf_baseline.learning.training import TrainingConfig
 from gwpf_baseline.methods.shared.activity import Activity
 from gwpf_baseline.methods.shared.ternary import read_ternary
@@ -306,8 +306,8 @@ def test_a_client_with_other_initial_weights_is_given_the_model(
     federation, twin = configured(cfg), configured(cfg)
     build = federation.nodes[3].build
 
-    def other_release(context: Context) -> SyncClient:
-        client = build(context)
+    def other_release(store: InMemory) -> SyncClient:
+        client = build(store)
         client.initial = client.initial + 1e-3
         return client
 
@@ -354,7 +354,7 @@ def test_a_client_refuses_what_its_server_does_not_send(compose: Compose) -> Non
     other = configured(compose("method=fedavg"))
     federation.play()
     other.play()
-    client = federation.nodes[0].build(federation.nodes[0].context)
+    client = federation.nodes[0].build(federation.nodes[0].store)
     for message, reason in (
         (other.nodes[0].received[0], "not of method gwpf"),
         (federation.nodes[0].sent[0], "a server does not send UPDATE"),
@@ -1124,7 +1124,7 @@ def test_nodes_that_cannot_be_told_apart_are_left_out(
     federation = small([30, 40, 50], BRIEF)
     twin = small([30, 40, 50], BRIEF)
 
-    def broken(context: Context) -> SyncClient:
+    def broken(store: InMemory) -> SyncClient:
         raise ConfigError("partition-id", None, "in the node's configuration")
 
     nodes = [
@@ -1261,8 +1261,8 @@ def test_a_client_that_cannot_write_does_not_stop_the_checkpoint(
     federation = configured(cfg, tmp_path / "first")
     build = federation.nodes[2].build
 
-    def without_disk(context: Context) -> SyncClient:
-        client = build(context)
+    def without_disk(store: InMemory) -> SyncClient:
+        client = build(store)
         client.saved = None
         return client
 

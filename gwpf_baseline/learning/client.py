@@ -15,7 +15,6 @@ from flwr.client import Client, NumPyClient
 from flwr.common import (
     Code,
     Config,
-    Context,
     FitIns,
     FitRes,
     GetPropertiesIns,
@@ -43,7 +42,7 @@ from gwpf_baseline.learning.method_client import (
     MethodClient,
     Task,
 )
-from gwpf_baseline.learning.state import ClientState
+from gwpf_baseline.learning.state import ClientState, StateStore
 from gwpf_baseline.learning.training import Batches, TrainingConfig
 from gwpf_baseline.records.checkpoint import (
     CheckpointFolder,
@@ -61,14 +60,14 @@ class SyncClient(MethodClient, NumPyClient):
 
     Parameters
     ----------
-    context : Context
-        Flower's context; its ``state`` is all that outlives a call.
+    store : StateStore
+        Holds all that outlives a call.
     model, initial, batches, training : object
         As of :class:`~gwpf_baseline.learning.method_client.MethodClient`.
     saved : CheckpointFolder, optional
         Where to write its state when the server makes a checkpoint.
     found : sequence of CheckpointFolder, default none
-        Where to find its state if the context holds none, of the checkpoint that the
+        Where to find its state if the store holds none, of the checkpoint that the
         server names.
     **options : object
         `config` and `quantization`, as of the same.
@@ -76,7 +75,7 @@ class SyncClient(MethodClient, NumPyClient):
 
     def __init__(
         self,
-        context: Context,
+        store: StateStore,
         model: FlatModel,
         initial: torch.Tensor,
         batches: Batches,
@@ -87,7 +86,7 @@ class SyncClient(MethodClient, NumPyClient):
         **options: Any,
     ) -> None:
         super().__init__(model, initial, batches, training, **options)
-        self.context = context
+        self.store = store
         self.saved = saved
         self.found = found
 
@@ -165,7 +164,7 @@ class SyncClient(MethodClient, NumPyClient):
             loss, sound = None, False
         if not _all_finite(state) or not sound:
             log.warning("round %d did not stay finite: dropped", self.server_round)
-            state.save(self.context)
+            self.store.save(state)
             header = self._header(task.header, Kind.DIVERGED, state.version)
             return Writer(header).payload(), len(self.batches), {}
         metrics: dict[str, Scalar] = {}
@@ -176,7 +175,7 @@ class SyncClient(MethodClient, NumPyClient):
             if loss is not None:
                 buffers = self.model.buffer_vector()
                 writer.vector(buffers.numpy(), Part.BUFFERS)
-        state.save(self.context)
+        self.store.save(state)
         metrics["compute_seconds"] = time.perf_counter() - started
         return writer.payload(), len(self.batches), metrics
 
@@ -252,7 +251,7 @@ class SyncClient(MethodClient, NumPyClient):
         return {"partition-id": self.batches.client}
 
     def load_state(self, committed: int = 0) -> ClientState:
-        """Return the state: the context's, else a checkpoint's, else a new one.
+        """Return the state: what is kept, else a checkpoint's, else a new one.
 
         Parameters
         ----------
@@ -269,7 +268,7 @@ class SyncClient(MethodClient, NumPyClient):
         ConfigError
             The checkpoint's file is damaged, or none of this client's.
         """
-        state = ClientState.load(self.context)
+        state = self.store.load()
         if state is not None:
             return state
         client, size = self.batches.client, self.initial.numel()
@@ -305,7 +304,7 @@ class SyncClient(MethodClient, NumPyClient):
         """
         self._settle_if_used(header, state)
         self.note_sent(state, np.zeros(self.initial.numel(), np.bool_))
-        state.save(self.context)
+        self.store.save(state)
 
     def _known_weights(self, header: Header, state: ClientState) -> torch.Tensor:
         held = state.version

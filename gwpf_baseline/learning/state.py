@@ -1,15 +1,16 @@
-"""What a client remembers from one message to the next.
+"""What a client remembers from one message to the next, and where.
 
-It lives in Flower's ``Context.state`` and nowhere else, so it does not matter which
-process runs the client next.
+Clients are built anew for each message, so it does not matter which process runs one
+next.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from flwr.common import Array, ArrayRecord, ConfigRecord, Context
 
 from gwpf_baseline.exchange.payload import is_finite
 from gwpf_baseline.records.checkpoint import (
@@ -17,13 +18,15 @@ from gwpf_baseline.records.checkpoint import (
     as_arrays,
     as_tensors,
     check_like,
+    load_state,
+    save_state,
 )
+from gwpf_baseline.utils import ConfigError
 
-_ARRAYS = "gwpf_baseline.arrays"
-_VALUES = "gwpf_baseline.values"
-# How arrays are written: their memory as it is. Flower's own way, numpy.save, would
-# copy it twice more in either direction.
-_AS_IT_IS = "gwpf_baseline.memory"
+log = logging.getLogger(__name__)
+
+# Where, in a run's folder.
+STATE_FOLDER = "state"
 # Arrays of one value for each parameter.
 _VECTORS = ("weights", "residual", "last_global")
 # What an array holds, by its name up to the dot; None: whoever keeps it will look.
@@ -55,7 +58,7 @@ class ClientState:
         int32 ``(m,)``, how often the model's rows and columns have moved;
         ``last_global`` float32 ``(d,)``, how the model has moved last; ``moment.*``,
         float32, the optimiser's state; ``schedule.*``, that of when coordinates are
-        frozen. Each only where it is needed. Those that were loaded are read-only: see
+        frozen. Each only where it is needed. One that was kept may be read-only: see
         :meth:`own`.
     """
 
@@ -63,37 +66,9 @@ class ClientState:
     uploaded: int = 0
     cursor: int = 0
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
-    _loaded: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
-
-    @classmethod
-    def load(cls, context: Context) -> "ClientState | None":
-        """Read the state from a Flower context, None if it holds none."""
-        if _VALUES not in context.state.config_records:
-            return None
-        values: dict[str, Any] = dict(context.state.config_records[_VALUES])
-        arrays = {
-            name: np.frombuffer(array.data, array.dtype).reshape(array.shape)
-            for name, array in context.state.array_records[_ARRAYS].items()
-        }
-        return cls(**values, arrays=arrays, _loaded=dict(arrays))
-
-    def save(self, context: Context) -> None:
-        """Write the state into the Flower context that it is of.
-
-        What is as it was loaded is not copied.
-        """
-        records = context.state.array_records
-        before = records[_ARRAYS] if _ARRAYS in records else ArrayRecord()
-        context.state.config_records[_VALUES] = ConfigRecord(self.values())
-        records[_ARRAYS] = ArrayRecord(
-            {
-                name: before[name] if value is self._loaded.get(name) else _array(value)
-                for name, value in self.arrays.items()
-            }
-        )
 
     def own(self, name: str) -> np.ndarray:
-        """Return an array to be changed in place: of what was loaded, a copy.
+        """Return an array to be changed in place: of one that is kept, a copy.
 
         Parameters
         ----------
@@ -105,7 +80,7 @@ class ClientState:
         numpy.ndarray
             The array, which is the state's from now on.
         """
-        if self.arrays[name] is self._loaded.pop(name, None):
+        if not self.arrays[name].flags.writeable:
             self.arrays[name] = self.arrays[name].copy()
         return self.arrays[name]
 
@@ -169,6 +144,84 @@ class ClientState:
         }
 
 
+class StateStore(Protocol):
+    """Where what a client keeps outlives the client."""
+
+    def load(self) -> ClientState | None:
+        """Return what was saved last, for whoever asks to change; None if nothing."""
+
+    def save(self, state: ClientState) -> None:
+        """Keep a state, whose arrays nobody changes from now on."""
+
+
+class InMemory:
+    """What a simulated client keeps: the arrays as they are, and read-only."""
+
+    def __init__(self) -> None:
+        self._kept: ClientState | None = None
+
+    def load(self) -> ClientState | None:
+        """Return what was saved last; its arrays are not copied."""
+        if self._kept is None:
+            return None
+        for array in self._kept.arrays.values():
+            array.flags.writeable = False
+        return replace(self._kept, arrays=dict(self._kept.arrays))
+
+    def save(self, state: ClientState) -> None:
+        """Keep a state; its arrays are not copied."""
+        self._kept = state
+
+
+class OnDisk:
+    """What a node's client keeps, in a file of its own.
+
+    Flower's context, which is for this, goes to the SuperNode after the answer, within
+    five seconds or not at all: a large model's state gets lost. It is also gone once
+    the SuperNode ends.
+
+    Parameters
+    ----------
+    folder : pathlib.Path or str
+        The run's, on the node's disk.
+    client : int
+        The client's partition id.
+    dimension : int
+        d.
+    """
+
+    def __init__(self, folder: Path | str, client: int, dimension: int) -> None:
+        self.file = Path(folder, STATE_FOLDER, f"client-{client}.safetensors")
+        self.client = client
+        self.dimension = dimension
+
+    def load(self) -> ClientState | None:
+        """Return what was saved last; of a file that is damaged, nothing."""
+        try:
+            if not self.file.exists():
+                return None
+            saved = load_state(self.file)
+            return ClientState.restore(saved, self.client, self.dimension)
+        except (ConfigError, StateError, OSError) as error:
+            log.warning("%s is lost: %s", self.file, error)
+            return None
+
+    def save(self, state: ClientState) -> None:
+        """Write a state, so that the file is always a whole one.
+
+        Raises
+        ------
+        ConfigError
+            It cannot be written.
+        """
+        try:
+            save_state(self.file, state.to_save(self.client))
+        except OSError as error:
+            allowed = f"a folder on the node's disk to write to ({error})"
+            folder = self.file.parent
+            raise ConfigError("GWPF_OUTPUTS", folder, allowed) from error
+
+
 def _check(name: str, array: np.ndarray, dimension: int) -> None:
     """Raise StateError unless an array is what one of its name can be."""
     group = name.split(".")[0]
@@ -186,7 +239,3 @@ def _check(name: str, array: np.ndarray, dimension: int) -> None:
         raise StateError(f"{name} has {array.size} values, not {size}")
     if not is_finite(array):
         raise StateError(f"{name} is not finite")
-
-
-def _array(value: np.ndarray) -> Array:
-    return Array(str(value.dtype), value.shape, _AS_IT_IS, value.tobytes())
