@@ -1,6 +1,7 @@
 """Tests of what a client keeps: its own, and copied no more often than it changes."""
 
 import pickle
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,6 +128,20 @@ def test_a_damaged_state_is_lost_and_named(
     spoil(store.file)
     assert store.load() is None
     assert f"{store.file} is lost: " in caplog.text
+
+
+def test_a_disk_that_is_full_is_named_and_what_is_there_stays(tmp_path: Path) -> None:
+    """As a file that may not grow."""
+    store = on_disk(tmp_path)
+    store.save(ClientState(version=7))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(ConfigError, match="GWPF_OUTPUTS=.* must be a folder"):
+            store.save(ClientState(arrays={"weights": np.zeros(6000, np.float32)}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert loaded(store).version == 7
 
 
 def test_a_disk_that_cannot_be_written_is_named(tmp_path: Path) -> None:

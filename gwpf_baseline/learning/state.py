@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from gwpf_baseline.exchange.payload import is_finite
 from gwpf_baseline.records.checkpoint import (
@@ -216,7 +217,7 @@ class OnDisk:
         """
         try:
             save_state(self.file, state.to_save(self.client))
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             allowed = f"a folder on the node's disk to write to ({error})"
             folder = self.file.parent
             raise ConfigError("GWPF_OUTPUTS", folder, allowed) from error
