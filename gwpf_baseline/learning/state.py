@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from gwpf_baseline.exchange.payload import is_finite
 from gwpf_baseline.records.checkpoint import (
@@ -217,7 +216,7 @@ class OnDisk:
         """
         try:
             save_state(self.file, state.to_save(self.client))
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             allowed = f"a folder on the node's disk to write to ({error})"
             folder = self.file.parent
             raise ConfigError("GWPF_OUTPUTS", folder, allowed) from error

@@ -1,5 +1,6 @@
 """Saved states, of the server and of clients: tensors and plain values in one file."""
 
+import errno
 import json
 import os
 import re
@@ -155,12 +156,20 @@ def save_state(file: Path, state: Mapping[str, Any]) -> None:
         Where to.
     state : mapping of str to object
         Tensors, and values that JSON holds.
+
+    Raises
+    ------
+    OSError
+        It cannot be written.
     """
     tensors = {k: v.contiguous() for k, v in state.items() if torch.is_tensor(v)}
     values = {k: v for k, v in state.items() if k not in tensors}
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}.part")
-    save_file(tensors, part, metadata={"values": json.dumps(values)})
+    try:
+        save_file(tensors, part, metadata={"values": json.dumps(values)})
+    except SafetensorError as error:  # what a full disk is to it
+        raise OSError(errno.EIO, str(error), str(part)) from error
     os.replace(part, file)
 
 
