@@ -145,12 +145,15 @@ def as_config_error(error: Exception, overrides: Sequence[str] = ()) -> ConfigEr
     if isinstance(error, MissingConfigException) and error.options:
         group, _, value = str(error.missing_cfg_file).rpartition("/")
         return ConfigError(group, value, f"one of {', '.join(sorted(error.options))}")
+    given = dict(text.lstrip("+~").partition("=")[::2] for text in overrides)
     # Hydra's logging tells a folder that it cannot write to by another error's cause.
     system = error if isinstance(error, OSError) else error.__cause__
-    if isinstance(system, OSError) and system.filename:
+    # The system's own: Hydra has one for a missing file, too.
+    if isinstance(system, OSError) and system.strerror:
+        # Not named where the disk is full.
+        folder = system.filename or given.get("hydra.run.dir", "outputs")
         allowed = f"one to write to ({system.strerror}), by hydra.run.dir=..."
-        return ConfigError("output folder", system.filename, allowed)
-    given = dict(text.lstrip("+~").partition("=")[::2] for text in overrides)
+        return ConfigError("output folder", folder, allowed)
     unknown = re.match("Could not override '(.+)'", str(error))
     if unknown:
         key = unknown[1]

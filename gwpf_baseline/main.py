@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # pylint: disable=wrong-import-position
+import errno  # noqa: E402
 import logging  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -95,7 +96,10 @@ def _job(cfg: DictConfig) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.filename is None or folder not in Path(error.filename).parents:
+        # A full disk does not name the file, which is open by then.
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            error.filename = str(folder)
+        elif error.filename is None or folder not in Path(error.filename).parents:
             raise
         return _say(as_config_error(error))
     except KeyboardInterrupt:

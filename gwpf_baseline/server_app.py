@@ -14,7 +14,6 @@ from flwr.server.compat import start_grid
 from flwr.serverapp import Grid, ServerApp
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from safetensors.torch import save_file
 
 from gwpf_baseline.callbacks import (
     Checkpoints,
@@ -35,7 +34,7 @@ from gwpf_baseline.learning.flat_model import FlatModel, to_ndarrays
 from gwpf_baseline.learning.state import STATE_FOLDER
 from gwpf_baseline.learning.training import evaluate
 from gwpf_baseline.methods.shared.network_file import NETWORK_FILE
-from gwpf_baseline.records.checkpoint import CheckpointFolder, StateError
+from gwpf_baseline.records.checkpoint import CheckpointFolder, StateError, write_tensors
 from gwpf_baseline.records.display import Display, closing_table
 from gwpf_baseline.records.history import SUMMARY_FILE, History
 from gwpf_baseline.records.layers import LAYERS_FILE
@@ -239,6 +238,11 @@ def save_model(strategy: SyncStrategy, file: Path) -> None:
         Holds the model.
     file : pathlib.Path
         A safetensors file; ``model.load_state_dict(load_file(file))`` reads it.
+
+    Raises
+    ------
+    OSError
+        It cannot be written.
     """
     arrays = to_ndarrays(strategy.model, strategy.measured_weights(), strategy.buffers)
     names = strategy.model.state_dict().keys()
@@ -246,7 +250,7 @@ def save_model(strategy: SyncStrategy, file: Path) -> None:
         name: torch.from_numpy(array).clone()
         for name, array in zip(names, arrays, strict=True)
     }
-    save_file(tensors, file)
+    write_tensors(file, tensors)
 
 
 def check_resume(cfg: DictConfig) -> None:

@@ -12,6 +12,7 @@ import pytest
 from gwpf_baseline.records.checkpoint import CheckpointFolder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+FULL = Path("/dev/full")  # Linux's disk without room
 
 
 def only_line(
@@ -57,6 +58,22 @@ def test_what_cannot_be_meant_is_one_line_and_code_2(
     line = only_line(tmp_path, 2, no_ray, override)
     assert line.startswith(f"error: {message}")
     assert line.isprintable()
+
+
+@pytest.mark.skipif(not FULL.exists(), reason=f"there is no {FULL} here")
+@pytest.mark.parametrize("file", [".hydra/config.yaml", "history.csv"])
+def test_a_full_disk_is_one_line_and_names_the_folder(
+    tmp_path: Path, file: str
+) -> None:
+    """Whether Hydra is the first to find no room, or a round's record."""
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).symlink_to(FULL)
+    run = ["backend=local", "num_rounds=1", f"hydra.run.dir={tmp_path}"]
+    line = only_line(REPOSITORY, 2, {}, *run)
+    assert line == (
+        f"error: output folder={tmp_path}: must be one to write to "
+        "(No space left on device), by hydra.run.dir=..."
+    )
 
 
 @pytest.mark.parametrize(

@@ -162,12 +162,37 @@ def save_state(file: Path, state: Mapping[str, Any]) -> None:
     OSError
         It cannot be written.
     """
-    tensors = {k: v.contiguous() for k, v in state.items() if torch.is_tensor(v)}
+    tensors = {k: v for k, v in state.items() if torch.is_tensor(v)}
     values = {k: v for k, v in state.items() if k not in tensors}
     file.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(file, tensors, {"values": json.dumps(values)})
+
+
+def write_tensors(
+    file: Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write a safetensors file that is either whole or absent.
+
+    Parameters
+    ----------
+    file : pathlib.Path
+        Where to; its folder is there.
+    tensors : mapping of str to torch.Tensor
+        Its tensors.
+    metadata : dict of str to str, optional
+        What else it says.
+
+    Raises
+    ------
+    OSError
+        It cannot be written.
+    """
     part = file.with_suffix(f".{os.getpid()}.part")
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(tensors, part, metadata={"values": json.dumps(values)})
+        save_file(whole, part, metadata=metadata)
     except SafetensorError as error:  # what a full disk is to it
         raise OSError(errno.EIO, str(error), str(part)) from error
     os.replace(part, file)
