@@ -47,6 +47,13 @@ def test_every_choice_of_every_group_composes() -> None:
         training_config(cfg)
 
 
+def test_an_experiment_plays_the_system_that_it_is_named_after() -> None:
+    """Unless another one is given."""
+    for file in config_dir().glob("experiment/*.yaml"):
+        cfg = compose_config([f"experiment={file.stem}"])
+        assert file.stem.startswith(f"{cfg.method.name}_"), file.stem
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -67,8 +67,9 @@ class APFConfig:
         ``rollback``: a frozen coordinate returns to its value after every iteration.
         ``drift`` (the strawman of partial synchronisation): it goes on locally.
     aggressive : bool, default False
-        Whether a coordinate that is not frozen after a check is so all the same with
-        probability ``min(K / 2000, 0.5)``, K the round, until the next check.
+        Whether a coordinate that a check has found unstable, and leaves active, is
+        frozen all the same with probability ``min(K / 2000, 0.5)``, K the round, until
+        the next check; then it is active until it has been checked.
 
     Raises
     ------

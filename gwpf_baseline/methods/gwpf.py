@@ -1,8 +1,7 @@
 """Gradient-Wise Parameter Freezing (GWPF) with signed votes.
 
-After: Communication-efficient federated learning with gradient-wise parameter freezing
-and a thawing strategy. Computer Networks, 2024; that paper's own rule is
-``gwpf_paper``. ``docs/gwpf.md`` says what is another here and why, and
+After: Communication-efficient federated learning with gradient-wise parameter
+freezing. Computer Networks, 2024; that paper's own rule is ``gwpf_paper``. ``docs/gwpf.md`` says what is another here and why, and
 ``docs/research.md`` what else was tried.
 
 The server freezes every single parameter. Clients accumulate what they learn about
