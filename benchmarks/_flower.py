@@ -74,7 +74,7 @@ class DenseClient(NumPyClient):
         set_weights(ours.model.module, parameters)
         drawn = ours.training.local_steps * ours.training.batch_size
         cursor = (config["round"] - 1) * drawn
-        loss, _, _ = train(ours.model, ours.batches, ours.training, cursor)
+        loss, _ = train(ours.model, ours.batches, ours.training, cursor)
         weights = get_weights(ours.model.module)
         return weights, len(ours.batches), {"train_loss": loss}
 

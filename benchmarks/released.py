@@ -257,7 +257,7 @@ class Ours:
 
     def train(
         self, model: FlatModel, *_: Any, on_step: StepHook | None = None, **__: Any
-    ) -> tuple[float, int, dict[str, np.ndarray]]:
+    ) -> tuple[float, dict[str, np.ndarray]]:
         """Take the steps in place of training."""
         vector = model.vector.detach()
         for step in self.steps:
@@ -265,7 +265,7 @@ class Ours:
                 vector.add_(step)
             if on_step is not None:
                 on_step(vector)
-        return 0.0, 0, {}
+        return 0.0, {}
 
 
 if __name__ == "__main__":

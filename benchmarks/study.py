@@ -198,6 +198,8 @@ def run_one(job: Job) -> str:
             cfg.resume = str(job.folder)
             check_same_run(cfg)
         run_experiment(cfg, job.folder, Console(file=io.StringIO()))
+    except ConfigError as error:
+        return str(error)
     # Whatever it is: the others go on.
     except Exception:  # pylint: disable=broad-exception-caught
         return traceback.format_exc()[-4000:]

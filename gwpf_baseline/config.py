@@ -24,6 +24,8 @@ from gwpf_baseline.data.task import TaskData
 from gwpf_baseline.dataset import load_data, partition_indices
 from gwpf_baseline.exchange.network import Network
 from gwpf_baseline.exchange.quantization import Quantization
+from gwpf_baseline.exchange.roster import check_sampling
+from gwpf_baseline.learning.method_server import check_weighting
 from gwpf_baseline.learning.norm_bound import check_multiple
 from gwpf_baseline.learning.server_optimizer import ServerOptimizerConfig
 from gwpf_baseline.learning.training import TrainingConfig
@@ -32,11 +34,11 @@ from gwpf_baseline.model import initial_model
 from gwpf_baseline.records.target import check_target
 from gwpf_baseline.utils import ConfigError, is_name, is_number, is_whole
 
-WEIGHTINGS = ("uniform", "examples")
 BACKENDS = ("ray", "local")
 # Not the CPUs of this machine: results depend on it, and have to be repeated on others.
 _MOST_THREADS = 256
 _BUILDING = threading.Lock()
+_PATHS = ("dataset.path", "dataset.cache_dir", "resume")
 _ADDRESS = re.compile(r"local|auto|[\w.\[\]:-]+:\d{1,5}")
 # What may change when a run is resumed: nothing that its history depends on.
 RESUMABLE = {
@@ -120,8 +122,8 @@ def from_run_config(run_config: Mapping[str, Any]) -> DictConfig:
 
 
 def _plain(key: str, value: Any) -> str:
-    if key == "resume":
-        # A path is a text for Hydra, whatever it begins with.
+    if key in _PATHS and value != "null":
+        # A path is a text for Hydra, whatever it holds.
         quoted = str(value).replace("'", r"\'")
         return f"'{quoted}'"
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -196,12 +198,12 @@ def checked(cfg: DictConfig) -> DictConfig:
     cfg = OmegaConf.create(_resolved(cfg))
     _check_keys(OmegaConf.to_container(cfg))
     _check_size("", OmegaConf.to_container(cfg))
-    for key in ("dataset.path", "dataset.cache_dir", "resume"):
+    for key in _PATHS:
         value = OmegaConf.select(cfg, key)
         if value is not None:
             OmegaConf.update(cfg, key, _absolute(key, value))
+    check_sampling(cfg.num_clients, cfg.fraction_fit)
     for key, least, whole in (
-        ("num_clients", 1, True),
         ("num_rounds", 1, True),
         ("seed", 0, True),
         ("eval_every", 1, True),
@@ -218,8 +220,6 @@ def checked(cfg: DictConfig) -> DictConfig:
         if not number or not value >= least:
             kind = "a whole number" if whole else "a number"
             raise ConfigError(key, value, f"{kind} >= {least}")
-    if not is_number(cfg.fraction_fit) or not 0 < cfg.fraction_fit <= 1:
-        raise ConfigError("fraction_fit", cfg.fraction_fit, "in (0, 1]")
     if cfg.round_timeout is not None and (
         not is_number(cfg.round_timeout) or not cfg.round_timeout > 0
     ):
@@ -231,8 +231,7 @@ def checked(cfg: DictConfig) -> DictConfig:
     ):
         if (cfg[key] or 0) > most:
             raise ConfigError(key, cfg[key], f"at most {most:.0f}")
-    if cfg.weighting not in WEIGHTINGS:
-        raise ConfigError("weighting", cfg.weighting, f"one of {', '.join(WEIGHTINGS)}")
+    check_weighting(cfg.weighting)
     check_multiple(cfg.norm_bound)
     if cfg.backend not in BACKENDS:
         raise ConfigError("backend", cfg.backend, f"one of {', '.join(BACKENDS)}")
@@ -400,7 +399,12 @@ def resumed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     # An experiment is no key, but many values.
     if any(override.lstrip("+").startswith("experiment=") for override in overrides):
         _check_same(saved, cfg)
-    return checked(saved)
+    try:
+        return checked(saved)
+    # The command line itself has been checked before.
+    except ConfigError as error:
+        allowed = f"a run's folder, whose config.yaml can be used ({error})"
+        raise ConfigError("resume", cfg.resume, allowed) from error
 
 
 def check_same_run(cfg: DictConfig) -> None:

@@ -5,11 +5,13 @@ step through a method with a debugger. Histories are the same to the bit.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
+from flwr.client import Client
 from flwr.common import (
     DisconnectRes,
     EvaluateIns,
@@ -31,7 +33,7 @@ from gwpf_baseline.config import Workbench, workbench
 from gwpf_baseline.learning.client import SyncClient
 from gwpf_baseline.learning.state import InMemory
 from gwpf_baseline.records.history import RoundRecord
-from gwpf_baseline.server_app import Play, make_strategy
+from gwpf_baseline.server_app import Play, limit_messages, make_strategy
 from gwpf_baseline.strategy import Callback, SyncStrategy
 from gwpf_baseline.utils import keep_freed_memory
 
@@ -104,22 +106,28 @@ class LocalNode(SimulatedNode):
 
     def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
         """Let the client answer a message."""
-        # Clients share a process's model. Their number of threads is not the server's,
-        # whose evaluation would come to other bits with it.
-        with _ONE_AT_A_TIME:
-            threads = torch.get_num_threads()
-            try:
-                return self.build(self.store).to_client().fit(ins)
-            finally:
-                torch.set_num_threads(threads)
+        with self._client() as client:
+            return client.fit(ins)
 
     def get_properties(
         self, ins: GetPropertiesIns, timeout: float | None, group_id: int | None
     ) -> GetPropertiesRes:
         """Ask the client who it is."""
-        # Python 3.11 parses source, as libraries do, in one thread at a time only.
+        with self._client() as client:
+            return client.get_properties(ins)
+
+    @contextmanager
+    def _client(self) -> Iterator[Client]:
+        """Build the client, for one message."""
+        # Clients share a process's model, and Python 3.11 parses source, as libraries
+        # do, in one thread at a time only. Their number of threads is not the server's,
+        # whose evaluation would come to other bits with it.
         with _ONE_AT_A_TIME:
-            return self.build(self.store).to_client().get_properties(ins)
+            threads = torch.get_num_threads()
+            try:
+                yield self.build(self.store).to_client()
+            finally:
+                torch.set_num_threads(threads)
 
 
 class LocalFederation:
@@ -137,7 +145,7 @@ class LocalFederation:
         self.strategy = strategy
         self.nodes = list(nodes)
         self.server = Server(client_manager=SimpleClientManager(), strategy=strategy)
-        self.server.set_max_workers(1)
+        limit_messages(self.server, 1)
         for node in nodes:
             self.server.client_manager().register(node)
         self.rounds = 0
@@ -216,7 +224,7 @@ def among(nodes: Sequence[SimulatedNode], at_once: int) -> Play:
     def play(server: Server, config: ServerConfig) -> None:
         for node in nodes:
             server.client_manager().register(node)
-        server.set_max_workers(at_once)
+        limit_messages(server, at_once)
         server.fit(config.num_rounds, config.round_timeout)
 
     return play

@@ -85,6 +85,9 @@ def _job(cfg: DictConfig) -> int:
     console = Console()
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
+        # An empty one is the folder that the command is given in.
+        if folder == Path.cwd():
+            raise ConfigError("hydra.run.dir", "", "a folder of the run's own")
         cfg = checked(cfg)
         if cfg.resume:
             cfg = resumed(cfg, HydraConfig.get().overrides.task)

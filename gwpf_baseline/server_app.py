@@ -2,8 +2,10 @@
 
 import copy
 import logging
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +54,27 @@ _MOST_MESSAGES = 128  # on their way at a time, to nodes of a grid
 Play = Callable[[Server, ServerConfig], object]
 
 
+def limit_messages(server: Server, at_once: int) -> None:
+    """Limit how many messages of any exchange are on their way at a time.
+
+    Parameters
+    ----------
+    server : flwr.server.Server
+        The server, of one of our strategies.
+    at_once : int
+        The limit.
+    """
+    server.set_max_workers(at_once)
+    assert isinstance(server.strategy, SyncStrategy)
+    server.strategy.at_once = at_once
+
+
 def on_grid(grid: Grid) -> Play:
     """Return what plays the rounds with the nodes of a Flower grid."""
 
     def play(server: Server, config: ServerConfig) -> None:
         # Every client of a round is under way at once; Flower queues them.
-        server.set_max_workers(_MOST_MESSAGES)
+        limit_messages(server, _MOST_MESSAGES)
         start_grid(grid=grid, server=server, config=config)
 
     return play
@@ -150,7 +167,19 @@ def run_server(
     -------
     dict
         The contents of ``summary.json``.
+
+    Raises
+    ------
+    ConfigError
+        Another run writes to the folder, or what is to be resumed is none of this
+        configuration, or has reached its target.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone_in(folder):
+        return _run(cfg, play, folder, console)
+
+
+def _run(cfg: DictConfig, play: Play, folder: Path, console: Console) -> dict[str, Any]:
     bench = workbench(cfg)
     history = History(folder)
     metric = bench.data.metric
@@ -175,6 +204,9 @@ def run_server(
         # It may have been killed after its last round.
         if stop is not None:
             strategy.finished = stop.after_round(strategy, strategy.records[-1])
+        if strategy.finished and Path(cfg.resume, SUMMARY_FILE).exists():
+            allowed = "null, or a target that the run has not reached"
+            raise ConfigError("stop_at", cfg.stop_at, allowed)
     _take_over(folder, cfg)
     if cfg.resume:
         history.restore(strategy.records)
@@ -188,9 +220,9 @@ def run_server(
     # pylint: disable-next=import-outside-toplevel
     from gwpf_baseline.records.plots import plot_history
 
-    plot_history(history.records, folder)
     history.close()
     save_model(strategy, folder / MODEL_FILE)
+    plot_history(history.records, folder)
     options = {key: value for key, value in cfg.model.items() if key != "name"}
     strategy.export(
         folder,
@@ -215,6 +247,29 @@ def run_server(
     return summary
 
 
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder until this one ends, however it does."""
+    if os.name != "posix":
+        yield  # where folders cannot be locked
+        return
+    # pylint: disable-next=import-outside-toplevel
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # Some file systems of networks have no locks.
+        with suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                allowed = "one that no other run writes to at the moment"
+                raise ConfigError("output folder", folder, allowed) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _take_over(folder: Path, cfg: DictConfig) -> None:
     """Make a folder this run's: nothing of an earlier one is to be taken for its own.
 
@@ -223,7 +278,8 @@ def _take_over(folder: Path, cfg: DictConfig) -> None:
     """
     (folder / SUMMARY_FILE).unlink(missing_ok=True)
     if not cfg.resume or Path(cfg.resume).resolve() != folder.resolve():
-        for name in (MODEL_FILE, NETWORK_FILE, LAYERS_FILE, "frozen.png"):
+        plots = ("accuracy.png", "traffic.png", "frozen.png")
+        for name in (MODEL_FILE, NETWORK_FILE, LAYERS_FILE, *plots):
             (folder / name).unlink(missing_ok=True)
         CheckpointFolder(folder).clear()
     OmegaConf.save(cfg, folder / "config.yaml")

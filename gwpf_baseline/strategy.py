@@ -169,6 +169,9 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         What happens around each round.
     finished : bool
         Whether a callback has ended the run; further rounds do nothing.
+    at_once : int, optional
+        How many messages of a follow-up exchange are on their way at a time; None: as
+        many threads as Python gives. Of others the server knows.
     round : int
         The round under way, or the last one.
     committed : int
@@ -197,11 +200,14 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         **options: Any,
     ) -> None:
         super().__init__(model, **options)
-        if self.weighting == "examples" and num_examples is None:
-            raise ConfigError(
-                "weighting", "examples", "uniform where num_examples are not given"
-            )
         self.num_examples = num_examples or []
+        if self.weighting == "examples" and len(self.num_examples) != num_clients:
+            raise ConfigError(
+                "weighting", "examples", "uniform where num_examples are not all given"
+            )
+        for callback in callbacks:
+            if not isinstance(callback, Callback):
+                raise ConfigError("callbacks", callback, "of the class Callback")
         self.max_empty_rounds = max_empty_rounds
         self.roster = Roster(
             num_clients, fraction_fit, self.seed, connect_timeout, round_timeout
@@ -210,6 +216,7 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         self.books = Books(dense_bytes, self.dimension, network)
         self.callbacks = list(callbacks)
         self.finished = False
+        self.at_once: int | None = None
         self.round = self.committed = 0
         self._empty_rounds = 0
         self._least, self._most = buffer_limits(model)
@@ -257,9 +264,7 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         if used and self.wants_follow_up():
             instructions = self._open_exchange(used, follow_up=True)
             timeout = self.roster.answer_timeout
-            answers = fit_clients(
-                instructions, len(instructions), timeout, server_round
-            )
+            answers = fit_clients(instructions, self.at_once, timeout, server_round)
             self._close_exchange(*answers)
         return _GlobalModel(self), {}
 
@@ -524,7 +529,8 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         self.load_method_state(_below("method.", state))
         self.optimizer.load_state(as_arrays(_below("optimizer.", state)))
         records = from_rows(state["records"])
-        if [record.round for record in records] != list(range(1, len(records) + 1)):
+        numbers = [record.round for record in records]
+        if not numbers or numbers != list(range(1, len(records) + 1)):
             raise ValueError("the records are not of all rounds")
         self.books.restore(records)
         self.committed = len(records)

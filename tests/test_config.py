@@ -361,6 +361,14 @@ def test_run_config_reaches_the_same_configuration() -> None:
     assert from_run_config(run_config) == checked(compose_config(overrides))
 
 
+@pytest.mark.parametrize("key", ["dataset.path", "dataset.cache_dir", "resume"])
+def test_a_run_configs_paths_hold_what_they_like(key: str) -> None:
+    """Hydra would read some of it as a list, an interpolation or a key."""
+    folder = "/data (1)/a,b=[c]/it's"
+    cfg = from_run_config({"dataset": "mnist", key: folder})
+    assert OmegaConf.select(cfg, key) == folder
+
+
 @pytest.mark.parametrize(
     ("run_config", "message"),
     [
@@ -470,7 +478,10 @@ def test_resume_takes_the_saved_configuration(tmp_path: Path) -> None:
         ("a: " + "[" * 5000, "must be a run's folder, whose config.yaml can be read"),
         ("a: &a [*a]", "must be a run's folder, whose config.yaml can be read"),
         ("- a", "must be a run's folder, whose config.yaml has keys"),
-        ("seed: 1", "num_clients=nothing: must be given"),
+        (
+            "seed: 1",
+            "whose config.yaml can be used (num_clients=nothing: must be given",
+        ),
     ],
 )
 def test_a_saved_configuration_that_cannot_be_used(
@@ -481,6 +492,7 @@ def test_a_saved_configuration_that_cannot_be_used(
     overrides = [f"resume={tmp_path}"]
     with pytest.raises(ConfigError) as caught:
         resumed(checked(compose_config(overrides)), overrides)
+    assert str(caught.value).startswith(f"resume={tmp_path}: ")
     assert message in str(caught.value)
     assert str(caught.value).isprintable()
 

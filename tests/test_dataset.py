@@ -441,7 +441,10 @@ def test_broken_files_are_the_users_to_mend(tmp_path: Path) -> None:
     """Neither a bad parquet file nor a bad image ends in a stack of library errors."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.parquet").write_bytes(b"not parquet")
-    with pytest.raises(ConfigError, match="^dataset.path=.*/data: must be"):
+    match = (
+        "^dataset.path=.*/data: must be an existing folder .*, which can be read .*t"
+    )
+    with pytest.raises(ConfigError, match=match):
         load_data(config("mnist", path=tmp_path / "data"))
     (tmp_path / "images" / "x").mkdir(parents=True)
     for i in range(3):
@@ -1113,6 +1116,14 @@ def test_classes_are_dealt_out_in_turn(clients: int, count: int) -> None:
         shares = [int((LABELS[part] == label).sum()) for part in parts]
         shares = [share for share in shares if share]
         assert sum(shares) == 60 and max(shares) - min(shares) <= 1
+
+
+def test_clients_that_a_class_has_nothing_left_for_get_of_another() -> None:
+    """There are more owners of each class than examples; nobody has none."""
+    labels, cfg = [0, 0, 0, 1, 1, 1], scheme("disjoint", classes_per_client=2)
+    parts = partition_indices(labelled(labels), cfg, 5, seed=1)
+    assert all(len(part) for part in parts)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(6))
 
 
 def test_with_as_many_clients_as_ids_client_i_is_the_ith(

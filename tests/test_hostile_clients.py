@@ -603,21 +603,25 @@ def test_weights_that_are_not_sent_are_measured_too() -> None:
 
 
 class Feverish(Batches):
-    """A client's data, which is NaN in one round."""
+    """A client's data, which is NaN, or far too large, in one round."""
 
     ill_at = -1
+    fever = 1.0
 
     def draw(
         self, cursor: int, *args: Any
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield what it should, or NaN."""
+        """Yield what it should, or that times the fever."""
         for x, y in super().draw(cursor, *args):
-            yield (x * float("nan") if cursor == self.ill_at else x), y
+            yield (x * self.fever if cursor == self.ill_at else x), y
 
 
+# With the second one weights stay finite, as Adam takes no step where the mean of a
+# gradient's squares is infinite.
+@pytest.mark.parametrize("fever", [float("nan"), 1e25])
 @pytest.mark.parametrize("method", [*METHODS, "fedpm"])
 def test_a_round_that_did_not_stay_finite_is_dropped(
-    method: str, warnings: Callable[[], str]
+    method: str, fever: float, warnings: Callable[[], str]
 ) -> None:
     """One round of one client, said so; the next ones are sound."""
     options = METHOD_OPTIONS.get(method)
@@ -630,6 +634,7 @@ def test_a_round_that_did_not_stay_finite_is_dropped(
         old = client.batches
         client.batches = Feverish(old.data, old.indices, old.seed, old.client)
         client.batches.ill_at = 2 * BRIEF.local_steps * BRIEF.batch_size
+        client.batches.fever = fever
         return client
 
     federation.nodes[1].build = feverish

@@ -43,6 +43,7 @@ def only_line(
         ("lr=" + "[" * 2000, "overrides="),
         ("hydra.run.dir=file/run", "output folder="),
         ("hydra.run.dir=used", "output folder="),
+        ("hydra.run.dir=", "hydra.run.dir=: must be a folder of the run's own"),
         ("--config-name=foo", "overrides=Cannot find primary config 'foo'"),
         ("method=[gwpf,fedavg]", "method.vote_fraction=0.04: must be left out"),
         ("dataset.test_fraction=0.99999", "dataset.test_fraction=0.99999: must be"),

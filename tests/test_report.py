@@ -223,6 +223,16 @@ def test_a_half_written_history(
     )
 
 
+def test_a_history_whose_rounds_are_not_those_of_one_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where two runs have written to one folder: a round is lacking, or is twice."""
+    for number, rounds in enumerate([(1, 1, 2, 3), (1, 3), (2, 3), (3, 2, 1)]):
+        records = [make_record(round_) for round_ in rounds]
+        run = make_run(tmp_path / str(number), records=records)
+        assert "history.csv cannot be used (round" in refusal(capsys, run)
+
+
 def test_a_run_that_has_reached_its_end_early(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,8 @@
 """What a run finds in its folder, and what it leaves there."""
 
+import fcntl
 import io
+import os
 import shutil
 from pathlib import Path
 
@@ -69,6 +71,32 @@ def test_a_run_that_was_killed_at_its_end_can_be_finished(
     played(tmp_path, "checkpoint_every=1", *end, f"resume={tmp_path}")
     assert read_history(tmp_path) == rounds
     assert (model.read_bytes(), summary.read_bytes()) == before
+
+
+def test_two_runs_at_once_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    """The second one is refused, and may have the folder once the first has ended."""
+    played(tmp_path, "num_rounds=1")
+    before = contents(tmp_path)
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(ConfigError, match="one that no other run writes to"):
+        played(tmp_path, "num_rounds=2")
+    assert contents(tmp_path) == before
+    os.close(descriptor)
+    played(tmp_path, "num_rounds=2")
+    assert len(read_history(tmp_path)) == 2
+
+
+def test_a_run_that_has_reached_its_target_has_nothing_to_resume(
+    tmp_path: Path,
+) -> None:
+    """Unless that is another one."""
+    played(tmp_path, "checkpoint_every=1", "num_rounds=6", "stop_at=0.03")
+    done = len(read_history(tmp_path))
+    with pytest.raises(ConfigError, match="stop_at=0.03: must be null, or a target"):
+        played(tmp_path, "num_rounds=6", "stop_at=0.03", f"resume={tmp_path}")
+    played(tmp_path, f"num_rounds={done + 1}", f"resume={tmp_path}")
+    assert len(read_history(tmp_path)) == done + 1
 
 
 def test_a_run_that_is_whole_has_nothing_to_resume(tmp_path: Path) -> None:

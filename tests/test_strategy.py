@@ -1173,6 +1173,54 @@ def test_rounds_without_nodes_are_empty_and_do_not_end_the_run(
     assert (record.clients, record.failures) == (2, 0)
 
 
+# ---- what a strategy is given -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_clients": 0},
+        {"num_clients": "x"},
+        {"fraction_fit": 5},
+        {"fraction_fit": -1},
+        {"weighting": "foo"},
+        {"weighting": "examples", "num_examples": None},
+        {"weighting": "examples", "num_examples": [1]},
+        {"callbacks": [print]},
+        {"norm_bound": 0},
+    ],
+)
+def test_a_strategy_takes_no_option_that_it_cannot_use(
+    options: dict[str, Any], compose: Compose
+) -> None:
+    """Whoever builds one is told at once, and not in the rounds."""
+    [key, *_] = options
+    with pytest.raises(ConfigError, match=f"^{key}="):
+        configured(compose("method=gwpf"), **options)
+
+
+def test_no_more_messages_of_a_second_exchange_are_on_their_way_than_of_the_first(
+    compose: Compose,
+) -> None:
+    """As many as whoever plays the rounds has said."""
+    federation = configured(compose("method=gwpf_paper"))
+    here, most = [0], [0]
+    for node in federation.nodes:
+
+        def watched(ins: Any, fit: Any = node.fit, **how: Any) -> FitRes:
+            here[0] += 1
+            most[0] = max(most[0], here[0])
+            time.sleep(0.02)
+            answer: FitRes = fit(ins, **how)
+            here[0] -= 1
+            return answer
+
+        node.fit = watched  # type: ignore[assignment, method-assign]
+    federation.play(6)
+    assert federation.strategy.exchange > 6
+    assert most == [1]
+
+
 # ---- checkpoints --------------------------------------------------------------------
 
 
@@ -1251,6 +1299,25 @@ def test_masks_are_derived_as_before_after_a_resume(
         resumed.strategy.records, whole.strategy.records, strict=True
     ):
         assert _timeless(one) == _timeless(other)
+
+
+def test_each_client_has_its_own_time_to_write_its_part_of_a_checkpoint(
+    tmp_path: Path, compose: Compose, warnings: Callable[[], str]
+) -> None:
+    """Whoever comes last has as much as whoever comes first."""
+    cfg = compose("method=fedavg", "checkpoint_every=1")
+    federation = configured(cfg, tmp_path, round_timeout=0.5)
+    for node in federation.nodes:
+
+        def slow(store: InMemory, build: Any = node.build) -> SyncClient:
+            time.sleep(0.2)
+            client: SyncClient = build(store)
+            return client
+
+        node.build = slow
+    federation.play()
+    assert "did not write" not in warnings()
+    assert len(list(tmp_path.glob("checkpoints/*/client-*"))) == len(federation.nodes)
 
 
 def test_a_client_that_cannot_write_does_not_stop_the_checkpoint(

@@ -184,7 +184,11 @@ def _federated_splits(
     try:
         splits = {"train": federated.load_split("train")}
     except Exception as error:  # the library's parsers raise whatever they stumble over
-        raise refused from error
+        if settings.path is None:
+            raise refused from error
+        cause = one_line(error.__cause__ or error)
+        allowed += f", which can be read ({cause})"
+        raise ConfigError("dataset.path", settings.path, allowed) from error
     with suppress(ValueError):  # there is no such split
         splits["test"] = federated.load_split("test")
     if not all(splits.values()):

@@ -32,13 +32,23 @@ def divide(
 ) -> list[NDArray[np.int64]]:
     """Divide the training set; `dataset.partition_indices` says how."""
     partitioner = _partitioner(data, cfg, num_clients, seed)
+    if partitioner is None:
+        owner = _in_turn(data.strata, cfg["classes_per_client"], num_clients, seed)
+        partitions = [np.flatnonzero(owner == client) for client in range(num_clients)]
+    else:
+        partitions = _by(partitioner, data, cfg["name"], num_clients, seed)
+    _fill_empty(partitions)
+    return partitions
+
+
+def _by(
+    partitioner: Partitioner, data: TaskData, name: str, num_clients: int, seed: int
+) -> list[NDArray[np.int64]]:
+    """Let one of Flower's partitioners divide; return each client's rows, ascending."""
     # Partitioners see labels and row numbers only, so that no input is touched.
     table = {"label": data.strata, "row": np.arange(len(data.strata))}
-    if cfg["name"] == "natural_id" and data.natural_ids is not None:
+    if name == "natural_id" and data.natural_ids is not None:
         table["client"] = _deal(data.natural_ids, num_clients, seed)
-    elif cfg["name"] == "disjoint":
-        count = cfg["classes_per_client"]
-        table["client"] = _in_turn(data.strata, count, num_clients, seed)
     rows = datasets.Dataset.from_dict(table)
     if isinstance(partitioner, IidPartitioner):  # which cuts without shuffling
         rows = rows.shuffle(seed=seed)
@@ -47,7 +57,7 @@ def divide(
     with warnings.catch_warnings(), redirect_stderr(StringIO()):
         warnings.simplefilter("ignore")
         try:
-            partitions = [
+            return [
                 np.sort(_rows(partitioner.load_partition(client)))
                 for client in range(num_clients)
             ]
@@ -55,8 +65,6 @@ def divide(
             raise ConfigError(
                 "num_clients", num_clients, f"smaller for this partition: {error}"
             ) from error
-    _fill_empty(partitions)
-    return partitions
 
 
 def _deal(ids: NDArray[np.int64], num_clients: int, seed: int) -> NDArray[np.int64]:
@@ -90,8 +98,8 @@ def _rows(partition: datasets.Dataset) -> NDArray[np.int64]:
 
 def _partitioner(
     data: TaskData, cfg: dict[str, Any], num_clients: int, seed: int
-) -> Partitioner:
-    """Check the configuration and choose Flower's partitioner for it."""
+) -> Partitioner | None:
+    """Check the configuration and choose Flower's partitioner for it, if it has one."""
     rows = len(data.strata)
     if not (is_whole(num_clients, 1) and num_clients <= rows):
         allowed = f"a whole number from 1 to {rows}, the number of training examples"
@@ -120,7 +128,7 @@ def _partitioner(
                     allowed += ", so that each has a client"
                 raise ConfigError("partition.classes_per_client", count, allowed)
             if name == "disjoint":
-                return NaturalIdPartitioner("client")
+                return None
             return PathologicalPartitioner(
                 num_clients, "label", count, "first-deterministic", False, seed
             )

@@ -179,7 +179,7 @@ class Messages:
         Returns
         -------
         Message
-            Clients that hold the same version, mostly all of them, share one.
+            Clients that hold the same, all of them unless some are drawn, share one.
         """
         held = self.records[client]
         key = (held.version, held.used, with_mask)

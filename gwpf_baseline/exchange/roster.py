@@ -10,7 +10,13 @@ from flwr.common import GetPropertiesIns, Scalar
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 
-from gwpf_baseline.utils import ConfigError, derive_seed, is_whole, one_line
+from gwpf_baseline.utils import (
+    ConfigError,
+    derive_seed,
+    is_number,
+    is_whole,
+    one_line,
+)
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +27,7 @@ _MOST_SAVING = 64
 # Seconds that a round waits for new nodes to say who they are; others join a later one.
 _PATIENCE = 2.0
 _POLL = 0.2
-# Seconds that a checkpoint waits for clients where answers have no limit.
+# Seconds that a checkpoint waits for a client where answers have no limit.
 _LONGEST_SAVE = 600.0
 # The longest rest, and the longest time until a node is asked again, is 2**6 rounds.
 _MOST_DOUBLINGS = 6
@@ -72,6 +78,27 @@ class Standing:
     rests_until: int = 0
 
 
+def check_sampling(num_clients: object, fraction_fit: object) -> None:
+    """Check how many clients there are, and what share takes part, as configured.
+
+    Parameters
+    ----------
+    num_clients : object
+        A whole number of at least 1.
+    fraction_fit : object
+        A number in ``(0, 1]``.
+
+    Raises
+    ------
+    ConfigError
+        It is something else.
+    """
+    if not is_whole(num_clients, 1):
+        raise ConfigError("num_clients", num_clients, "a whole number >= 1")
+    if not is_number(fraction_fit) or not 0 < fraction_fit <= 1:
+        raise ConfigError("fraction_fit", fraction_fit, "in (0, 1]")
+
+
 class Roster:
     """The clients of a run, by the partition of the data that each serves.
 
@@ -92,6 +119,11 @@ class Roster:
         Seconds to wait for `num_clients` nodes, and for a node to say who it is.
     answer_timeout : float or None
         Seconds to wait for a client's answer, None for no limit.
+
+    Raises
+    ------
+    ConfigError
+        As of :func:`check_sampling`.
     """
 
     def __init__(
@@ -102,6 +134,7 @@ class Roster:
         connect_timeout: float,
         answer_timeout: float | None,
     ) -> None:
+        check_sampling(num_clients, fraction)
         self.num_clients = num_clients
         self.fraction = fraction
         self.seed = seed
@@ -212,10 +245,10 @@ class Roster:
             )
             for client in sorted(self._holders)
         }
-        wait(asked.values(), limit)
         for client in range(self.num_clients):
             answer = asked.get(client)
-            if answer is None or not answer.done() or answer.result() is None:
+            # Each has its time from when its turn has come.
+            if answer is None or answer.result() is None:
                 log.warning(
                     "client %d did not write its part of the checkpoint", client
                 )
@@ -295,7 +328,8 @@ class Roster:
         """Ask new nodes who they are, and settle who holds which partition."""
         self._nodes = {
             cid: self._nodes.get(cid, _Node(proxy))
-            for cid, proxy in client_manager.all().items()
+            # A copy: nodes come and go in Flower's own thread.
+            for cid, proxy in client_manager.all().copy().items()
         }
         asked = []
         for node in self._nodes.values():

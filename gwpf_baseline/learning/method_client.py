@@ -13,7 +13,7 @@ import torch
 
 from gwpf_baseline.coordinates import gather, scatter
 from gwpf_baseline.exchange.header import Header, Kind
-from gwpf_baseline.exchange.payload import Reader, Writer
+from gwpf_baseline.exchange.payload import Reader, Writer, is_finite
 from gwpf_baseline.exchange.quantization import Quantization
 from gwpf_baseline.learning.flat_model import (
     FlatModel,
@@ -303,8 +303,8 @@ class MethodClient(ABC):
         Raises
         ------
         DivergedError
-            The weights or the buffers did not stay finite. The cursor has moved on, all
-            else in the state is as before.
+            The weights, the buffers or the optimiser's moments did not stay finite. The
+            cursor has moved on, all else in the state is as before.
         """
         assert task.buffers is not None
         self.model.load(start, task.buffers)
@@ -312,7 +312,7 @@ class MethodClient(ABC):
         # Also if nothing comes of it: the next round is to draw other samples.
         state.cursor += config.steps(len(self.batches)) * config.batch_size
         try:
-            loss, _, moments = train(
+            loss, moments = train(
                 self.model,
                 self.batches,
                 config,
@@ -326,7 +326,8 @@ class MethodClient(ABC):
             if self.model.is_finite():
                 raise
             raise DivergedError from error
-        if not self.model.is_finite():
+        # Beyond float32, squares of gradients stop all steps, and weights stay finite.
+        if not self.model.is_finite() or not all(map(is_finite, moments.values())):
             raise DivergedError
         for name, value in moments.items():
             state.arrays[f"moment.{name}"] = value

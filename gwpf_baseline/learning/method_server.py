@@ -32,6 +32,14 @@ from gwpf_baseline.utils import BoolVector, ConfigError, FloatVector
 
 Upload = TypeVar("Upload")
 
+WEIGHTINGS = ("uniform", "examples")
+
+
+def check_weighting(weighting: object) -> None:
+    """Raise ConfigError unless it is one of `WEIGHTINGS`."""
+    if weighting not in WEIGHTINGS:
+        raise ConfigError("weighting", weighting, f"one of {', '.join(WEIGHTINGS)}")
+
 
 # What a method can decide, and what it can call.
 # pylint: disable-next=too-many-public-methods
@@ -90,6 +98,7 @@ class MethodServer(ABC, Generic[Upload]):
         quantization: Quantization | None = None,
         norm_bound: float | None = 20.0,
     ) -> None:
+        check_weighting(weighting)
         check_multiple(norm_bound)
         self.model = model
         self.config = config

@@ -233,7 +233,7 @@ def train(
     *,
     server_round: int = 1,
     on_step: StepHook | None = None,
-) -> tuple[float, int, dict[str, np.ndarray]]:
+) -> tuple[float, dict[str, np.ndarray]]:
     """Run one round's local iterations in place.
 
     Parameters
@@ -257,8 +257,6 @@ def train(
     -------
     loss : float
         Mean training loss over the iterations.
-    cursor : int
-        Position in the stream after the round.
     moments : dict of str to numpy.ndarray
         The optimiser's state, empty unless `config.persist_optimizer`.
     """
@@ -287,7 +285,7 @@ def train(
         if on_step is not None:
             on_step(model.vector.detach())
     saved = optimizer.moments() if config.persist_optimizer else {}
-    return float(total) / steps, cursor + steps * config.batch_size, saved
+    return float(total) / steps, saved
 
 
 @torch.no_grad()

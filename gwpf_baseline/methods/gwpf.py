@@ -1,8 +1,8 @@
 """Gradient-Wise Parameter Freezing (GWPF) with signed votes.
 
-After: Communication-efficient federated learning with gradient-wise parameter
-freezing. Computer Networks, 2024; that paper's own rule is ``gwpf_paper``. ``docs/gwpf.md`` says what is another here and why, and
-``docs/research.md`` what else was tried.
+After: Communication-efficient federated learning with gradient-wise parameter freezing.
+Computer Networks, 2024; that paper's own rule is ``gwpf_paper``. ``docs/gwpf.md`` says
+what is another here and why, and ``docs/research.md`` what else was tried.
 
 The server freezes every single parameter. Clients accumulate what they learn about
 them, and vote for those about which they have learned most, each vote with its sign: a

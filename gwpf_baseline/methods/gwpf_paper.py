@@ -1,8 +1,8 @@
 """Gradient-Wise Parameter Freezing as published.
 
 Communication-efficient federated learning with gradient-wise parameter freezing.
-Computer Networks, 2024. The paper's code is Dora233/GWPF on GitHub;
-``docs/gwpf.md`` says where it departs from the paper and what is mended here.
+Computer Networks, 2024. The paper's code is Dora233/GWPF on GitHub; ``docs/gwpf.md``
+says where it departs from the paper and what is mended here.
 
 The server freezes single coordinates: a frozen one is not exchanged. Clients go on
 accumulating what they learn about it, and one bit a frozen coordinate tells the server

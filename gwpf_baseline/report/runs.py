@@ -244,7 +244,9 @@ def _load_yaml(text: str) -> Any:
 
 def _read_records(file: Path) -> list[RoundRecord]:
     records = read_history(file.parent)
-    for record in records:
+    for number, record in enumerate(records, start=1):
+        if record.round != number:
+            raise ValueError(f"round {record.round} stands where {number} belongs")
         for column, value in vars(record).items():
             # So that no sum of them is more than a float holds; a NaN is not below.
             if value is not None and not abs(value) < _LARGEST:
