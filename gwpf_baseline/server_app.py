@@ -60,13 +60,14 @@ def limit_messages(server: Server, at_once: int) -> None:
     Parameters
     ----------
     server : flwr.server.Server
-        The server, of one of our strategies.
+        The server.
     at_once : int
         The limit.
     """
     server.set_max_workers(at_once)
-    assert isinstance(server.strategy, SyncStrategy)
-    server.strategy.at_once = at_once
+    # Of one of Flower's own it plays all exchanges itself.
+    if isinstance(server.strategy, SyncStrategy):
+        server.strategy.at_once = at_once
 
 
 def on_grid(grid: Grid) -> Play:
@@ -202,7 +203,7 @@ def _run(cfg: DictConfig, play: Play, folder: Path, console: Console) -> dict[st
             allowed = f"the folder of a run of this configuration ({error})"
             raise ConfigError("resume", cfg.resume, allowed) from error
         # It may have been killed after its last round.
-        if stop is not None:
+        if stop is not None and strategy.records:
             strategy.finished = stop.after_round(strategy, strategy.records[-1])
         if strategy.finished and Path(cfg.resume, SUMMARY_FILE).exists():
             allowed = "null, or a target that the run has not reached"

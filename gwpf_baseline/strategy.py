@@ -529,8 +529,7 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         self.load_method_state(_below("method.", state))
         self.optimizer.load_state(as_arrays(_below("optimizer.", state)))
         records = from_rows(state["records"])
-        numbers = [record.round for record in records]
-        if not numbers or numbers != list(range(1, len(records) + 1)):
+        if [record.round for record in records] != list(range(1, len(records) + 1)):
             raise ValueError("the records are not of all rounds")
         self.books.restore(records)
         self.committed = len(records)

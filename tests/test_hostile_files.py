@@ -118,7 +118,6 @@ def test_every_tensor_of_a_servers_state_is_checked(
         {"clients": {"0": {"version": 0, "used": -1}}},
         {"clients": {"0": {"version": 0}, "1": {"used": 0}}},
         {"clients": {"0": 5}},
-        {"records": []},
         {"records": [[1]]},
         {"records": [5]},
         {"records": {}},
