@@ -217,12 +217,12 @@ def _run(cfg: DictConfig, play: Play, folder: Path, console: Console) -> dict[st
     server = Server(client_manager=SimpleClientManager(), strategy=strategy)
     with display:
         play(server, ServerConfig(remaining, cfg.round_timeout))
+    history.close()
+    save_model(strategy, folder / MODEL_FILE)
     # Takes half a second, which no run has to wait for at its start.
     # pylint: disable-next=import-outside-toplevel
     from gwpf_baseline.records.plots import plot_history
 
-    history.close()
-    save_model(strategy, folder / MODEL_FILE)
     plot_history(history.records, folder)
     options = {key: value for key, value in cfg.model.items() if key != "name"}
     strategy.export(
