@@ -113,6 +113,7 @@ def test_figures_have_a_panel_a_group(layers: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        "",
         "other columns\n",
         ",".join(LayerRecord._fields) + "\n1,a,5,0.5\n",
         ",".join(LayerRecord._fields) + "\n1,a,5,0.5,nan,0,1\n",

@@ -145,11 +145,11 @@ def read_layers(file: Path) -> list[LayerRecord]:
     """
     if not file.is_file():
         return []
-    head, *lines = file.read_text(encoding="utf-8").splitlines()
-    if head != ",".join(LayerRecord._fields):
+    lines = file.read_text(encoding="utf-8").splitlines()
+    if lines[:1] != [",".join(LayerRecord._fields)]:
         raise ValueError("the columns are not those of layers")
     records = []
-    for number, line in enumerate(lines, start=2):
+    for number, line in enumerate(lines[1:], start=2):
         cells = line.split(",")
         if len(cells) != len(LayerRecord._fields):
             raise ValueError(f"line {number}: {len(cells)} values")
