@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from flwr.app import Context
 from flwr.client import Client, NumPyClient
 from flwr.clientapp import ClientApp
-from flwr.common import Context, ndarrays_to_parameters
+from flwr.common import ndarrays_to_parameters
 from flwr.server import (
     Server,
     ServerAppComponents,

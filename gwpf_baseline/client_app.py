@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flwr.app import Context
 from flwr.client import Client
 from flwr.clientapp import ClientApp
-from flwr.common import Context
 from omegaconf import DictConfig, OmegaConf
 
 from gwpf_baseline.config import Workbench, from_run_config, workbench

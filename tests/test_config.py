@@ -101,11 +101,11 @@ def test_an_experiment_plays_the_system_that_it_is_named_after() -> None:
         ("stop_at=true", "stop_at=True: must be an accuracy in (0, 1]"),
         ("stop_at=soon", "stop_at=soon: must be an accuracy in (0, 1]"),
         (
-            "dataset=wikitext2 model=transformer stop_at=0.9",
+            "dataset=wikitext-2 model=transformer stop_at=0.9",
             "stop_at=0.9: must be a perplexity >= 1",
         ),
         (
-            "dataset=wikitext2 model=transformer stop_at=inf",
+            "dataset=wikitext-2 model=transformer stop_at=inf",
             "stop_at=inf: must be a perplexity >= 1",
         ),
         ("verbose=3", "verbose=3: must be true or false"),
@@ -442,7 +442,7 @@ def test_a_run_that_goes_on_by_run_config_is_configured_as_it_was(
         ([], None),
         (["stop_at=0.95"], 0.95),
         (["stop_at=1"], 1),
-        (["stop_at=120.5", "dataset=wikitext2", "model=transformer"], 120.5),
+        (["stop_at=120.5", "dataset=wikitext-2", "model=transformer"], 120.5),
     ],
 )
 def test_a_run_can_be_told_where_to_stop(

@@ -127,14 +127,14 @@ def test_dataset_configurations_hold_the_keys_of_their_kind_of_data() -> None:
     keys: dict[type, Any] = {
         ImageSettings: config("digits").keys(),
         AudioSettings: config("speech_commands").keys(),
-        TextSettings: config("wikitext2").keys(),
+        TextSettings: config("wikitext-2").keys(),
     }
     for name in DATASETS:
         assert config(name).keys() == keys[SOURCES[config(name).source]]
         assert config(name).name == name
 
 
-@pytest.mark.parametrize("name", ["digits", "speech_commands", "wikitext2"])
+@pytest.mark.parametrize("name", ["digits", "speech_commands", "wikitext-2"])
 def test_unknown_and_missing_keys_are_named(name: str) -> None:
     """A key of another kind of data is as wrong as none."""
     cfg = config(name, colour="red")
@@ -391,19 +391,19 @@ def test_a_constant_channel_has_a_standard_deviation_of_one(tmp_path: Path) -> N
             "dataset.features=41: must be .* to 40",
         ),
         ("speech_commands", {"augment": True}, "dataset.augment=True: must be false, "),
-        ("wikitext2", {}, "dataset.path=null: must be an existing folder with train.t"),
-        ("wikitext2", {"path": "."}, "dataset.path=.*: must be .* and test.txt$"),
+        ("wikitext-2", {}, "dataset.path=null: must be an existing folder with train."),
+        ("wikitext-2", {"path": "."}, "dataset.path=.*: must be .* and test.txt$"),
         (
-            "wikitext2",
+            "wikitext-2",
             {"path": ".", "vocabulary": 0},
             "dataset.vocabulary=0: must be a whole numb",
         ),
         (
-            "wikitext2",
+            "wikitext-2",
             {"path": ".", "sequence_length": None},
             "dataset.sequence_length=None: must",
         ),
-        ("wikitext2", {"augment": True}, "dataset.augment=True: must be false, as on"),
+        ("wikitext-2", {"augment": True}, "dataset.augment=True: must be false, as on"),
     ],
 )
 def test_wrong_configurations_name_the_key_and_the_mend(
@@ -1510,7 +1510,7 @@ def texts(folder: Path, train: str = "train.txt", **changes: Any) -> DictConfig:
     folder.mkdir(exist_ok=True)
     (folder / train).write_text(TRAIN)
     (folder / "test.txt").write_text(TEST)
-    return config("wikitext2", path=folder, sequence_length=3, **changes)
+    return config("wikitext-2", path=folder, sequence_length=3, **changes)
 
 
 def by_hand(text: str, known: list[str]) -> tuple[list[list[int]], list[int]]:
@@ -1578,20 +1578,21 @@ def test_text_that_cannot_be_used_names_the_mend(tmp_path: Path) -> None:
         load_data(cfg)
 
 
-def test_real_text(data_root: Path) -> None:
+def test_real_text(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """WikiText-2's validation text is 60 articles."""
     folder = data_root / "wikitext-2"
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} does not exist")
     if any(folder.glob("train*.txt")):
         pytest.skip(f"{folder} holds the training text")
-    data = load_data(config("wikitext2", path=folder))
+    monkeypatch.setenv("GWPF_DATA", str(data_root))
+    data = load_data(config("wikitext-2"))
     assert data.num_classes == 13_777
     assert data.train_inputs.shape == data.train_targets.shape == (6_183, 35)
     assert data.test_inputs.shape == (6_985, 35)
     assert set(data.strata) == set(range(60))
     assert_array_equal(data.train_inputs[:, 1:], data.train_targets[:, :-1])
-    fewer = load_data(config("wikitext2", path=folder, vocabulary=2_000))
+    fewer = load_data(config("wikitext-2", path=folder, vocabulary=2_000))
     assert fewer.num_classes == 2_000
     assert_array_equal(
         fewer.train_inputs > 0, (data.train_inputs < 2_000) & (data.train_inputs > 0)
