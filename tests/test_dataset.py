@@ -391,7 +391,11 @@ def test_a_constant_channel_has_a_standard_deviation_of_one(tmp_path: Path) -> N
             "dataset.features=41: must be .* to 40",
         ),
         ("speech_commands", {"augment": True}, "dataset.augment=True: must be false, "),
-        ("wikitext-2", {}, "dataset.path=null: must be an existing folder with train."),
+        (
+            "wikitext-2",
+            {},
+            "dataset.path=null: must be an existing folder with train.t",
+        ),
         ("wikitext-2", {"path": "."}, "dataset.path=.*: must be .* and test.txt$"),
         (
             "wikitext-2",
