@@ -209,8 +209,7 @@ def _run(cfg: DictConfig, play: Play, folder: Path, console: Console) -> dict[st
             allowed = "null, or a target that the run has not reached"
             raise ConfigError("stop_at", cfg.stop_at, allowed)
     _take_over(folder, cfg)
-    if cfg.resume:
-        history.restore(strategy.records)
+    history.restore(strategy.records)
     if cfg.layers_every:
         strategy.callbacks.append(Layers(strategy, folder, cfg.layers_every))
     remaining = cfg.num_rounds - len(strategy.records)

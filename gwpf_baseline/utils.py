@@ -64,9 +64,10 @@ def one_line(text: object, most: int = 500) -> str:
     """
     shown = "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode()
-        for c in str(text)[:most]
+        # One more: whatever is beyond what is kept.
+        for c in str(text)[: most + 1]
     )
-    return shown if len(str(text)) <= most else f"{shown}..."
+    return shown if len(shown) <= most else f"{shown[:most]}..."
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

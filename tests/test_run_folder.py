@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from flwr.server import Server, ServerConfig
 from rich.console import Console
 
 from gwpf_baseline.config import checked, compose_config, resumed
@@ -14,6 +15,7 @@ from gwpf_baseline.main import run_experiment
 from gwpf_baseline.records.checkpoint import CheckpointFolder
 from gwpf_baseline.records.history import read_history
 from gwpf_baseline.records.layers import read_layers
+from gwpf_baseline.server_app import run_server
 from gwpf_baseline.utils import ConfigError
 
 BRIEF = ["backend=local", "num_clients=3", "local_steps=1", "batch_size=10"]
@@ -44,6 +46,22 @@ def test_a_folder_is_taken_over_whole(tmp_path: Path) -> None:
     assert CheckpointFolder(tmp_path).rounds() == []
     assert len(read_history(tmp_path)) == 1
     assert (tmp_path / "notes.txt").is_file()
+
+
+def test_a_run_that_is_stopped_in_its_first_round_leaves_no_other_ones_rounds(
+    tmp_path: Path,
+) -> None:
+    """They would stand beside its configuration."""
+    played(tmp_path, "num_rounds=1")
+
+    def stopped(server: Server, config: ServerConfig) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cfg = checked(compose_config([*BRIEF, "num_rounds=2"]))
+        run_server(cfg, stopped, tmp_path, Console(file=io.StringIO()))
+    assert read_history(tmp_path) == []
+    assert not (tmp_path / "summary.json").exists()
 
 
 def test_a_run_that_cannot_begin_leaves_the_folder_as_it_was(tmp_path: Path) -> None:

@@ -206,8 +206,8 @@ SUMMARY_FILE = "summary.json"
 class History:
     """The records of a run, in memory and in the run's folder.
 
-    A history that is already in the folder is replaced, but not before the first
-    record comes, so that a run which fails to resume destroys nothing.
+    A history that is already in the folder is replaced, but not before :meth:`restore`
+    or the first record, so that a run which fails to resume destroys nothing.
 
     Parameters
     ----------
@@ -241,7 +241,7 @@ class History:
         events.flush()
 
     def restore(self, records: Iterable[RoundRecord]) -> None:
-        """Begin with the rounds of an earlier run that this one resumes.
+        """Begin with the rounds of an earlier run that this one resumes, if any.
 
         Parameters
         ----------
