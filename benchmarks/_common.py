@@ -78,7 +78,7 @@ def show(
     title : str
         The title.
     columns : sequence of str
-        Names of the columns; the last is the goal.
+        Names of the columns.
     rows : sequence of sequences
         A row's cells; floats are shown with three digits.
     options : argparse.Namespace

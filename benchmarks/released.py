@@ -216,7 +216,7 @@ class Ours:
         start = self.strategy.weights.clone()
         self.client = client_of(method.client, config, copy.deepcopy(model), start)
         self.state = ClientState()
-        self.steps, self.active = steps, torch.from_numpy(active)
+        self.steps, self.active = steps, active
         self.times: Times = {}
 
     def play(self) -> Times:

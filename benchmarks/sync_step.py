@@ -144,7 +144,7 @@ def method_steps(
         voters -= np.count_nonzero(mask)
     votes = [rng.random(voters, dtype=np.float32) < VOTES[name] for _ in deltas]
     if isinstance(strategy, GWPFPaperStrategy):
-        inputs = strategy, torch.from_numpy(mask), deltas, votes
+        inputs = strategy, mask, deltas, votes
         server = paper_server(*inputs)
     elif isinstance(strategy, TernaryStrategy):
         server = plain_server(strategy, list(map(signed_votes, deltas, votes)))
@@ -180,7 +180,7 @@ def signed_votes(delta: torch.Tensor, ballot: BoolVector) -> Ternary:
 
 def paper_server(
     strategy: GWPFPaperStrategy,
-    mask: torch.Tensor,
+    mask: BoolVector,
     deltas: list[torch.Tensor],
     votes: list[BoolVector],
     follow_up: bool = False,

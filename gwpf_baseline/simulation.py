@@ -93,9 +93,10 @@ class Pool:
         """
         with self._lock:
             self._begun = (text, folder)
-            for worker in self.workers:
-                worker.begin.remote(*self._begun)
+            kept = list(self.workers)
             self._fill()
+            for worker in kept:
+                self._tell(worker)
             if not self.workers:
                 given = ", ".join(f"{key}={n}" for key, n in self.resources.items())
                 allowed = "what a machine that Ray runs on has"
@@ -191,8 +192,11 @@ class Pool:
             self.workers.append(worker)
             # Where its machine is gone as well, it waits for another: nobody asks it
             # anything before it is there.
-            begun = worker.begin.remote(*self._begun).future()
-            begun.add_done_callback(functools.partial(self._has_begun, worker))
+            self._tell(worker)
+
+    def _tell(self, worker: Any) -> None:
+        begun = worker.begin.remote(*self._begun).future()
+        begun.add_done_callback(functools.partial(self._has_begun, worker))
 
     def _has_begun(self, worker: Any, begun: "Future[Any]") -> None:
         error = begun.exception()
@@ -200,8 +204,9 @@ class Pool:
             if worker not in self.workers:
                 return  # It was ended before it had begun.
             if error is None:
-                self._load[worker] = 0
-            else:
+                self._load.setdefault(worker, 0)
+            # One that has died since the last run is replaced once it is asked.
+            elif worker not in self._load or not isinstance(error, RayActorError):
                 # For example, because the data is not on its machine.
                 self._drop(worker, f"cannot take part: {_cause(error)}")
             self._pass_on()

@@ -149,7 +149,8 @@ class SyncStrategy(MethodServer[Upload], Strategy):
     connect_timeout : float, default 120.0
         Seconds to wait for `num_clients` nodes.
     round_timeout : float, optional
-        Seconds to wait for a client in a follow-up exchange; default: no limit.
+        Seconds to wait for a client in a follow-up exchange, and for its part of a
+        checkpoint; default: no limit, and 600 for that part.
     max_empty_rounds : int, default 5
         After so many rounds in a row without a single sound answer the run ends.
     num_examples : sequence of int, optional
@@ -346,7 +347,6 @@ class SyncStrategy(MethodServer[Upload], Strategy):
                 content = self._read(client, result.parameters, sizes)
             # Whatever one client's answer holds must not end the others' round.
             except Exception as error:  # pylint: disable=broad-exception-caught
-                sizes.clear()
                 self._leave_out(client, error)
                 continue
             finally:
@@ -532,7 +532,7 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         if [record.round for record in records] != list(range(1, len(records) + 1)):
             raise ValueError("the records are not of all rounds")
         self.books.restore(records)
-        self.committed = len(records)
+        self.round = self.committed = len(records)
         self.roster.load_state(state["standings"])
         bounds = (self.update_bound, self.buffer_bound)
         for bound, norms in zip(bounds, state["norms"], strict=True):

@@ -47,7 +47,7 @@ class RunError(RuntimeError):
 
 
 def one_line(text: object, most: int = 500) -> str:
-    """Return somebody else's words as they can be shown: one line, nothing unprintable.
+    """Return somebody else's words as they can be shown, cut where they are long.
 
     Parameters
     ----------
@@ -59,15 +59,30 @@ def one_line(text: object, most: int = 500) -> str:
     Returns
     -------
     str
+        The words, :func:`escaped`.
+    """
+    # One more: whatever is beyond what is kept.
+    shown = escaped(str(text)[: most + 1])
+    return shown if len(shown) <= most else f"{shown[:most]}..."
+
+
+def escaped(text: str) -> str:
+    """Return a text in one line, with nothing unprintable in it.
+
+    Parameters
+    ----------
+    text : str
+        The text.
+
+    Returns
+    -------
+    str
         Line ends and control characters, which could forge lines of a log or steer a
         terminal, as escape sequences that only name them.
     """
-    shown = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode()
-        # One more: whatever is beyond what is kept.
-        for c in str(text)[: most + 1]
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
     )
-    return shown if len(shown) <= most else f"{shown[:most]}..."
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

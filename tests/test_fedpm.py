@@ -298,6 +298,10 @@ def test_a_checkpoint_holds_the_counts(tmp_path: Path) -> None:
             "server_optimizer=fedadam: must be fedavg for fedpm",
         ),
         (
+            {"server_optimizer": ServerOptimizerConfig(lr=0.5)},
+            "server_optimizer.lr=0.5: must be 1.0 for fedpm",
+        ),
+        (
             {"quantization": Quantization(bits=8)},
             "quantization.bits=8: must be 32 for fedpm",
         ),

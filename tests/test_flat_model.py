@@ -154,6 +154,21 @@ def test_to_ndarrays_loads_back_as_a_state_dict() -> None:
         assert state[name].dtype == value.dtype
 
 
+def test_a_mean_of_counters_is_rounded_as_the_measured_model_rounds_it() -> None:
+    """Clients that take different numbers of steps count differently."""
+    model = small_net()
+    flat = FlatModel(copy.deepcopy(model))
+    buffers = torch.full_like(buffers_to_vector(model), 8 / 3)
+    weights = parameters_to_vector(model)
+    flat.load(weights, buffers)
+    names = list(model.state_dict())
+    saved = dict(zip(names, to_ndarrays(model, weights, buffers), strict=True))
+    counters = [name for name in names if name.endswith("num_batches_tracked")]
+    assert counters
+    for name in counters:
+        assert saved[name] == flat.module.state_dict()[name] == 3
+
+
 class Tied(nn.Module):
     """Two layers that share their weight."""
 

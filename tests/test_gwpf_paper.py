@@ -438,7 +438,7 @@ def test_votes_of_all_clients_are_counted(clients: int) -> None:
     strategy = GWPFPaperStrategy(
         nn.Linear(3, 1), config=GWPFPaperConfig(), num_clients=clients
     )
-    strategy.mask = torch.zeros(4, dtype=torch.bool)
+    strategy.mask = np.zeros(4, np.bool_)
     strategy.begin_exchange()
     strategy.reset_sums()
     upload = GWPFUpload(np.ones(4, np.bool_), np.zeros(0, np.float32))
@@ -470,7 +470,7 @@ def test_tighten_halves_once_for_each_upward_crossing_down_to_the_floor() -> Non
     thresholds, crossings, above_for, above = [0.5], 0, 0, False
     for _ in range(240):
         federation.play()
-        was_above, above = above, 1 - server.mask.float().mean() > TIGHTEN_SHARE
+        was_above, above = above, 1 - server.mask.mean() > TIGHTEN_SHARE
         crosses = bool(above and not was_above)
         crossings += crosses
         above_for += bool(above and was_above)

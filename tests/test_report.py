@@ -208,6 +208,12 @@ def test_a_cell_beyond_all_bounds(tmp_path: Path, column: str, cell: str) -> Non
         assert getattr(read_run(run).records[1], column) is None
 
 
+def test_what_is_to_be_done_is_told_however_odd_a_name_is() -> None:
+    """Escapes are longer than what they stand for, and cut nothing off."""
+    error = ReportError("/runs/\x1b[2J\u2028/seed-0: leave it out")
+    assert str(error) == r"/runs/\x1b[2J\u2028/seed-0: leave it out"
+
+
 def test_a_half_written_history(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

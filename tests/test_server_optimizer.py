@@ -179,6 +179,7 @@ def test_moments_are_in_the_state() -> None:
         ("beta2", -0.1),
         ("beta2", True),
         ("tau", 0),
+        ("tau", 1e-46),
     ],
 )
 def test_a_wrong_value_is_named(key: str, value: Any) -> None:

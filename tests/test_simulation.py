@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -28,6 +29,7 @@ from ray.exceptions import RayActorError
 from gwpf_baseline.config import checked, compose_config
 from gwpf_baseline.records.history import read_history
 from gwpf_baseline.simulation import Pool, RayNode
+from gwpf_baseline.utils import RunError
 
 # A run that is still at its beginning once somebody has noticed that it has begun.
 LONG = ["num_rounds=40", "local_steps=50"]
@@ -177,6 +179,20 @@ def test_a_worker_that_died_is_noticed_by_who_was_to_get_a_client_from_it(
     assert busy not in pool.workers and other in pool.workers
     for node in nodes:
         ask(node)
+
+
+def test_workers_that_cannot_take_part_in_another_run_are_dropped(
+    pool: Pool, tmp_path: Path
+) -> None:
+    """As new ones are, and not asked for what they would fail at."""
+    assert pool.take(None, hurries=False) in pool.workers
+    cfg = checked(compose_config([*SMALL, "dataset=mnist", f"dataset.path={tmp_path}"]))
+    pool.begin(json.dumps(OmegaConf.to_container(cfg)), str(tmp_path))
+    deadline = time.monotonic() + 60
+    while pool.workers and time.monotonic() < deadline:
+        time.sleep(0.1)
+    with pytest.raises(RunError, match="no worker of Ray is left"):
+        pool.take(None, hurries=False)
 
 
 def test_a_client_that_nobody_holds_begins_anew(pool: Pool) -> None:

@@ -50,14 +50,17 @@ def test_averages_move_where_they_are_told_to() -> None:
 
 @given(st.lists(st.sampled_from([0.0, 0.5, TIGHTEN_SHARE, 0.81, 1.0]), max_size=30))
 def test_the_threshold_is_halved_once_for_each_rise(shares: list[float]) -> None:
-    """Staying above the mark does not halve again; the floor holds."""
+    """Staying above the mark does not halve again; the floor holds, and lifts none."""
     stability = Stability(1, 0.9, threshold=0.4, floor=0.06)
+    low = Stability(1, 0.9, threshold=0.005, floor=0.06)
     expected, before = 0.4, 0.0
     for share in shares:
         stability.tighten(share)
+        low.tighten(share)
         if before <= TIGHTEN_SHARE < share:
             expected = max(expected / 2, 0.06)
         assert stability.threshold == expected
+        assert low.threshold == 0.005
         before = share
 
 

@@ -212,6 +212,7 @@ def test_wrong_shares_are_named(key: str, value: Any) -> None:
         ({"quantization": Quantization(bits=8)}, "quantization.bits=8"),
         ({"quantization": Quantization(fp16=True)}, "quantization.fp16=True"),
         ({"server_optimizer": ServerOptimizerConfig("fedadam")}, "server_optimizer="),
+        ({"server_optimizer": ServerOptimizerConfig(lr=3)}, "server_optimizer.lr=3"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(

@@ -246,7 +246,7 @@ def test_a_message_holds_exactly_what_changed_since(compose: Compose) -> None:
         weights = strategy.weights.numpy().copy()
         seen = [len(node.received) for node in federation.nodes]
         federation.play()
-        asked.append(strategy.asked.numpy().copy())
+        asked.append(strategy.asked.copy())
         for node, count in zip(federation.nodes, seen, strict=True):
             for message in node.received[count:]:
                 reader = payload_of(message, federation)
@@ -399,7 +399,7 @@ def eight_active() -> Federation:
 
 
 def _activate_eight(federation: Federation) -> None:
-    federation.strategy.mask = torch.arange(395) % 50 == 0
+    federation.strategy.mask = np.arange(395) % 50 == 0
 
 
 def taken_apart(parameters: Parameters) -> Upload:
@@ -785,7 +785,7 @@ def test_an_upload_costs_hardly_more_than_what_it_says(compose: Compose) -> None
                 assert len(from_parameters(parameters)) > 1000
         answer = node.sent[-1]
         reader = payload_of(answer, federation)
-        asked = int(np.count_nonzero(federation.strategy.asked.numpy()))
+        asked = int(np.count_nonzero(federation.strategy.asked))
         votes = reader.bitmap(61_706 - asked)
         values = reader.vector(asked)
         reader.finish()

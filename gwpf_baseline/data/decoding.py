@@ -369,7 +369,7 @@ def _read_pixels(file: Any, size: tuple[int, int], mode: str) -> NDArray[np.uint
     return np.asarray(image).reshape(height, width, -1).transpose(2, 0, 1)
 
 
-def _mean_and_std(file: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _mean_and_std(file: Path) -> _Statistics:
     """Compute each channel's statistics, for pixels scaled to ``[0, 1]``."""
     images = np.load(file, mmap_mode="r")
     # Counting the 256 levels is exact and needs no float copy of the images.

@@ -289,7 +289,8 @@ def to_ndarrays(
     Returns
     -------
     list of numpy.ndarray
-        One array an entry of ``model.state_dict()``, in its order.
+        One array an entry of ``model.state_dict()``, in its order; counters, whose mean
+        is none, are rounded.
     """
     # By identity, so that a shared parameter has its value under each of its names.
     pieces: dict[int, np.ndarray] = {}
@@ -301,8 +302,11 @@ def to_ndarrays(
         for tensor in tensors:
             end = offset + math.prod(tensor.shape)
             dtype = torch.empty(0, dtype=tensor.dtype).numpy().dtype
-            piece = vector[offset:end].reshape(tuple(tensor.shape))
-            pieces[id(tensor)] = piece.astype(dtype, copy=False)
+            piece = vector[offset:end]
+            if not tensor.is_floating_point():
+                piece = np.rint(piece)
+            shaped = piece.reshape(tuple(tensor.shape))
+            pieces[id(tensor)] = shaped.astype(dtype, copy=False)
             offset = end
     state = model.state_dict(keep_vars=True).values()
     for tensor in state:

@@ -396,10 +396,6 @@ class MethodClient(ABC):
             bool ``(d,)``, the coordinates to send; default: all.
         """
         values = update if mask is None else gather(update, mask)
-        if self.quantization.exact_updates:
-            self.quantization.write_update(writer, values, [values.size])
-            self.note_sent(state, mask)
-            return
         counts = values_per_layer(self.layers, mask)
         batches = self.batches
         # A round may have two exchanges; this one leads to the next version.

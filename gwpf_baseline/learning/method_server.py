@@ -422,7 +422,8 @@ class MethodServer(ABC, Generic[Upload]):
         given: dict[str, dict[str, tuple[object, object]]] = {
             "weighting": {"weighting": (self.weighting, "uniform")},
             "server_optimizer": {
-                "server_optimizer": (self.optimizer.config.name, "fedavg")
+                "server_optimizer": (self.optimizer.config.name, "fedavg"),
+                "server_optimizer.lr": (self.optimizer.config.lr, 1.0),
             },
             "quantization": {
                 "quantization.bits": (self.quantization.bits, 32),

@@ -60,7 +60,12 @@ class ServerOptimizerConfig:
             )
         for key in ("lr", "tau"):
             value = getattr(self, key)
-            if not is_number(value) or not 0 < value < math.inf:
+            # Where an update is 0, one that is 0 as float32 would divide 0 by 0.
+            if (
+                not is_number(value)
+                or not 0 < value < math.inf
+                or not np.float32(value)
+            ):
                 raise ConfigError(f"server_optimizer.{key}", value, "a number > 0")
         for key in ("beta1", "beta2"):
             value = getattr(self, key)

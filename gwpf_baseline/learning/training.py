@@ -317,12 +317,11 @@ def evaluate(
     rows, *targets = data.test_targets.shape
     logits_each = math.prod(targets) * data.num_classes
     batch_size = max(1, min(batch_size, _MAX_LOGITS // logits_each))
-    generator = torch.Generator()
     for start in range(0, rows, batch_size):
         stop = min(start + batch_size, rows)
         x = torch.from_numpy(np.array(data.test_inputs[start:stop])).to(model.device)
         y = torch.from_numpy(np.array(data.test_targets[start:stop])).to(model.device)
-        logits, y = _flat(model.module(prepare(x, data, False, generator)), y)
+        logits, y = _flat(model.module(prepare(x, data)), y)
         loss += float(functional.cross_entropy(logits, y, reduction="sum"))
         correct += int((logits.argmax(1) == y).sum())
     total = data.test_targets.size

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from gwpf_baseline.coordinates import cache_blocks
-from gwpf_baseline.exchange.payload import Header, Reader, Writer, as_tensor
+from gwpf_baseline.exchange.header import Header
+from gwpf_baseline.exchange.payload import Reader, Writer, as_tensor
 from gwpf_baseline.learning.client import SyncClient
 from gwpf_baseline.learning.method_client import LostState, Task, drifted
 from gwpf_baseline.learning.state import ClientState

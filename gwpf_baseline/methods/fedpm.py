@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from gwpf_baseline.exchange.payload import Part, Reader, WireError, Writer
+from gwpf_baseline.exchange.coding import WireError
+from gwpf_baseline.exchange.payload import Part, Reader, Writer
 from gwpf_baseline.learning.client import SyncClient
 from gwpf_baseline.learning.method_client import Task
 from gwpf_baseline.learning.state import ClientState

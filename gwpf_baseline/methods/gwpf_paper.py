@@ -166,7 +166,7 @@ class GWPFPaperStrategy(SyncStrategy[GWPFUpload]):
 
     Attributes
     ----------
-    mask : torch.Tensor
+    mask : numpy.ndarray
         bool ``(d,)``, the active coordinates: those that clients upload next.
     stability : Stability
         E, A and the freezing threshold.
@@ -178,8 +178,8 @@ class GWPFPaperStrategy(SyncStrategy[GWPFUpload]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = self.config
-        self.mask = torch.ones(self.dimension, dtype=torch.bool)
-        self.thawed = torch.zeros_like(self.mask)
+        self.mask = np.ones(self.dimension, np.bool_)
+        self.thawed = np.zeros_like(self.mask)
         self.stability = Stability(
             self.dimension,
             config.ema,
@@ -197,7 +197,7 @@ class GWPFPaperStrategy(SyncStrategy[GWPFUpload]):
     def begin_exchange(self) -> None:
         """Ask for the active coordinates, in a follow-up for those just thawed."""
         self.asked = self.thawed if self.follow_up else self.mask
-        self.count = int(np.count_nonzero(self.asked.numpy()))
+        self.count = int(np.count_nonzero(self.asked))
         self.sent = self.count + (self.sent if self.follow_up else 0)
 
     def reset_sums(self) -> None:
@@ -208,14 +208,14 @@ class GWPFPaperStrategy(SyncStrategy[GWPFUpload]):
 
     def request(self) -> BoolVector:
         """Return the coordinates to ask for."""
-        return self.asked.numpy()
+        return self.asked
 
     def read_upload(self, reader: Reader) -> GWPFUpload:
         """Take one client's votes and values."""
         votes = None
         if not self.follow_up:
             votes = reader.bitmap(self.vote_counts.size)
-        return GWPFUpload(votes, self.read_update(reader, self.asked.numpy()))
+        return GWPFUpload(votes, self.read_update(reader, self.asked))
 
     def add_upload(self, upload: GWPFUpload, weight: float) -> None:
         """Add one client's values to the sums and its votes to the counts."""
@@ -226,7 +226,7 @@ class GWPFPaperStrategy(SyncStrategy[GWPFUpload]):
 
     def finish_exchange(self, total_weight: float) -> BoolVector:
         """Apply the mean update, freeze what has settled, thaw what was voted for."""
-        asked = self.asked.numpy()
+        asked = self.asked
         weights = self.weights.numpy()
         update = self.value_sum.div_(total_weight).numpy()
         keep = np.zeros_like(asked)
@@ -234,7 +234,7 @@ class GWPFPaperStrategy(SyncStrategy[GWPFUpload]):
             self.optimizer.step(weights, index, update[part])
             keep[index] = ~self.stability.observe(index, update[part])
         if self.follow_up:
-            self.mask = self.mask | torch.from_numpy(keep)
+            self.mask = self.mask | keep
         else:
             thawed = np.zeros_like(asked)
             elected = thaw_by_quorum(
@@ -242,9 +242,9 @@ class GWPFPaperStrategy(SyncStrategy[GWPFUpload]):
             )
             for index, part in cache_blocks(~asked):
                 thawed[index[elected[part]]] = True
-            self.thawed = torch.from_numpy(thawed)
+            self.thawed = thawed
             same_round = self.config.thaw_exchange == "same_round"
-            self.mask = torch.from_numpy(keep if same_round else keep | thawed)
+            self.mask = keep if same_round else keep | thawed
         if not self.wants_follow_up():
             self._tighten()
         return asked
@@ -257,7 +257,7 @@ class GWPFPaperStrategy(SyncStrategy[GWPFUpload]):
 
     def _tighten(self) -> None:
         if self.config.tighten:
-            active = int(np.count_nonzero(self.mask.numpy()))
+            active = int(np.count_nonzero(self.mask))
             self.stability.tighten(1.0 - active / self.dimension)
 
     def wants_follow_up(self) -> bool:
@@ -265,7 +265,7 @@ class GWPFPaperStrategy(SyncStrategy[GWPFUpload]):
         return (
             self.config.thaw_exchange == "same_round"
             and not self.follow_up
-            and bool(self.thawed.numpy().any())
+            and bool(self.thawed.any())
         )
 
     def metrics(self) -> dict[str, float]:
@@ -275,13 +275,13 @@ class GWPFPaperStrategy(SyncStrategy[GWPFUpload]):
 
     def method_state(self) -> dict[str, Any]:
         """Return the mask, the averages and the threshold."""
-        stability = self.stability.state()
-        return {"mask": self.mask, **as_tensors(stability)}
+        return as_tensors({"mask": self.mask, **self.stability.state()})
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`method_state` returned."""
-        self.mask = state.pop("mask")
-        self.stability.load_state(as_arrays(state))
+        arrays = as_arrays(state)
+        self.mask = arrays["mask"]
+        self.stability.load_state(arrays)
 
 
 # ---- the client's half --------------------------------------------------------------

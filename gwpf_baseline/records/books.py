@@ -164,12 +164,12 @@ class Books:
         waited : float
             How long the server has waited: nobody computed for longer.
         """
-        sound = isinstance(seconds, float) and 0 <= seconds < np.inf
-        compute = min(seconds, waited) if isinstance(seconds, float) and sound else 0.0
-        self._legs.append(Leg(client, self._message_bytes[client], compute, size))
-        if sound:
+        compute = 0.0
+        if isinstance(seconds, float) and 0 <= seconds < np.inf:
+            compute = min(seconds, waited)
             total = self.tally.compute_seconds
             total[client] = total.get(client, 0.0) + compute
+        self._legs.append(Leg(client, self._message_bytes[client], compute, size))
 
     def waited(self) -> float:
         """Return the seconds since the exchange's messages were sent."""

@@ -218,10 +218,10 @@ def load_state(file: Path) -> dict[str, Any]:
     """
     try:
         with safe_open(file, framework="pt") as opened:
-            state: dict[str, Any] = json.loads(opened.metadata()["values"])
-            state.update({key: opened.get_tensor(key) for key in opened.keys()})
-        if not isinstance(state, dict):
-            raise ValueError("no values")
+            state: Any = json.loads(opened.metadata()["values"])
+            if not isinstance(state, dict):
+                raise ValueError("no values")
+            state |= {key: opened.get_tensor(key) for key in opened.keys()}
     except _UNREADABLE as error:
         raise ConfigError("resume", file, f"a readable checkpoint ({error})") from error
     return state

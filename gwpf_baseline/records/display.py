@@ -30,8 +30,8 @@ class Display:
     ----------
     num_rounds : int
         The rounds of the whole run, those before it was resumed included.
-    console : Console, optional
-        Where to show it (default: standard output).
+    console : Console
+        Where to show it.
     metric : {"accuracy", "perplexity"}
         What the run is measured by.
 
@@ -45,10 +45,10 @@ class Display:
     def __init__(
         self,
         num_rounds: int,
-        console: Console | None = None,
+        console: Console,
         metric: str = "accuracy",
     ) -> None:
-        self.console = console or Console()
+        self.console = console
         self._num_rounds = num_rounds
         self._metric = metric
         self._measured = ""

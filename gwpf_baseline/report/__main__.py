@@ -17,14 +17,14 @@ from gwpf_baseline.report.measures import summarise
 from gwpf_baseline.report.runs import ReportError, find_runs, read_run
 from gwpf_baseline.report.tables import lay_out, print_sections
 from gwpf_baseline.report.writing import write_report
-from gwpf_baseline.utils import ConfigError, one_line
+from gwpf_baseline.utils import ConfigError, escaped, one_line
 
 
 class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {one_line(message, len(message))}\n")
+        self.exit(2, f"error: {escaped(message)}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -10,7 +10,7 @@ from gwpf_baseline.config import RESUMABLE, compose_config, config_dir
 from gwpf_baseline.report.runs import PLACES, ReportError, Run, flatten, text_of
 
 # What changes nothing in a run but its end, or what is averaged over.
-_UNLABELLED = RESUMABLE | PLACES | {"seed", "eval_every", "stop_at"}
+_UNLABELLED = RESUMABLE | PLACES | {"seed", "eval_every"}
 # How often clients synchronise.
 _INTERVAL = {"local_steps", "local_epochs"}
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from gwpf_baseline.methods.shared.network_file import NETWORK_FILE
 from gwpf_baseline.records.history import (
     METRICS,
     SUMMARY_FILE,
@@ -16,7 +17,7 @@ from gwpf_baseline.records.history import (
 )
 from gwpf_baseline.records.layers import LAYERS_FILE, LayerRecord, read_layers
 from gwpf_baseline.records.target import metric_of, reaches
-from gwpf_baseline.utils import is_name, is_number, is_whole, one_line
+from gwpf_baseline.utils import escaped, is_name, is_number, is_whole, one_line
 
 # Where the same data lies.
 PLACES = {"dataset.path", "dataset.cache_dir"}
@@ -41,7 +42,7 @@ class ReportError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(one_line(message, len(message)))
+        super().__init__(escaped(message))
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def read_run(folder: Path) -> Run:
             f"{folder}: not finished, its history has {done} of "
             f"{config['num_rounds']} rounds; resume it, {_MEND}"
         )
-    network = folder / "network.mask"
+    network = folder / NETWORK_FILE
     size = network.stat().st_size if network.is_file() else None
     mask_bits = 8 * size / parameters if size else None
     layers = _read(read_layers, folder / LAYERS_FILE)

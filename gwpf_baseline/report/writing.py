@@ -8,7 +8,7 @@ from gwpf_baseline.report.figures import draw_figures
 from gwpf_baseline.report.measures import Groups, Row
 from gwpf_baseline.report.runs import text_of
 from gwpf_baseline.report.tables import Section, as_markdown
-from gwpf_baseline.utils import ConfigError, one_line
+from gwpf_baseline.utils import ConfigError, escaped
 
 
 def write_report(
@@ -74,4 +74,4 @@ def _markdown(
 
 
 def _code(text: str) -> str:
-    return "`" + one_line(text, len(text)).replace("`", "'") + "`"
+    return "`" + escaped(text).replace("`", "'") + "`"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gwpf_baseline.coordinates import cache_blocks
+from gwpf_baseline.coordinates import gather
 from gwpf_baseline.exchange.payload import Reader, Writer
 from gwpf_baseline.learning.client import SyncClient
 from gwpf_baseline.learning.state import ClientState
@@ -66,11 +66,9 @@ class SparseStrategy(SyncStrategy[SparseUpload]):
 
     def finish_exchange(self, total_weight: float) -> BoolVector:
         """Move the model by the mean over all clients, unsent updates being 0."""
-        weights = self.weights.numpy()
-        for index, _ in cache_blocks(self.changed):
-            update = self.update_sum[index]
-            update /= np.float32(total_weight)
-            self.optimizer.step(weights, index, update)
+        update = gather(self.update_sum, self.changed)
+        update /= np.float32(total_weight)
+        self.move(update, self.changed)
         return self.changed
 
     def metrics(self) -> dict[str, float]:

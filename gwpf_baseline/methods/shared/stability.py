@@ -49,7 +49,7 @@ class Stability:
         self.above = False
         self._keep = np.float32(ema)
         self._rate = np.float32(1.0 - ema)
-        self._floor = floor
+        self._floor = min(floor, threshold)
 
     def observe(self, index: np.ndarray, update: FloatVector) -> BoolVector:
         """Move E and A on at some coordinates, and tell which of them are stable.
