@@ -403,7 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # Read anew: somebody may have written the page while the runs went on.
             text = study.page.read_text(encoding="utf-8")
             study.page.write_text(replace_table(text, name, block), encoding="utf-8")
-        except (StudyError, ReportError, ConfigError) as error:
+        except (StudyError, ReportError, ConfigError, OSError) as error:
             problems.append(f"table {name} is left as it was: {error}")
     for problem in problems:
         print(problem, file=sys.stderr)

@@ -32,7 +32,7 @@ from gwpf_baseline.learning.training import TrainingConfig
 from gwpf_baseline.methods import Method, load_method
 from gwpf_baseline.model import initial_model
 from gwpf_baseline.records.target import check_target
-from gwpf_baseline.utils import ConfigError, is_name, is_number, is_whole
+from gwpf_baseline.utils import ConfigError, check_yaml, is_name, is_number, is_whole
 
 BACKENDS = ("ray", "local")
 # Not the CPUs of this machine: results depend on it, and have to be repeated on others.
@@ -449,6 +449,7 @@ def _saved_config(folder: Path) -> DictConfig:
     if not file.is_file():
         raise ConfigError("resume", folder, "the folder of a run")
     try:
+        check_yaml(file.read_text(encoding="utf-8"))
         saved = OmegaConf.load(file)
     # PyYAML, too, raises more than it says.
     except Exception as error:

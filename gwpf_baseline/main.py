@@ -86,7 +86,7 @@ def _job(cfg: DictConfig) -> int:
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         # An empty one is the folder that the command is given in.
-        if folder == Path.cwd():
+        if folder == Path(HydraConfig.get().runtime.cwd):
             raise ConfigError("hydra.run.dir", "", "a folder of the run's own")
         cfg = checked(cfg)
         if cfg.resume:

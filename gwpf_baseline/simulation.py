@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +50,19 @@ def _name_of(worker: Any) -> str:
     return name
 
 
+def call_back(answer: Any, call: Callable[[BaseException | None], None]) -> None:
+    """Call once an answer of Ray is there, or has failed, with what went wrong.
+
+    Not in the thread of Ray's that notices: there, it would wait for itself for ever if
+    it were asked to end a worker.
+    """
+
+    def aside(done: "Future[Any]") -> None:
+        threading.Thread(target=call, args=(done.exception(),), daemon=True).start()
+
+    answer.future().add_done_callback(aside)
+
+
 class _Turn(NamedTuple):
     """A message that waits for a worker: who holds its client, and whether it hurries.
 
@@ -75,8 +89,7 @@ class Pool:
         self.resources = {"num_cpus": num_cpus, "num_gpus": num_gpus}
         options: dict[str, Any] = {"concurrency_groups": {"moves": 1}, **self.resources}
         self._actor: Any = ray.remote(**options)(Worker)
-        # Reentrant: what is done already is called back at once.
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         # The messages that each worker has, of those that are ready.
         self._load: dict[Any, int] = {}
         self._waiting: list[_Turn] = []
@@ -195,11 +208,10 @@ class Pool:
             self._tell(worker)
 
     def _tell(self, worker: Any) -> None:
-        begun = worker.begin.remote(*self._begun).future()
-        begun.add_done_callback(functools.partial(self._has_begun, worker))
+        begun = worker.begin.remote(*self._begun)
+        call_back(begun, functools.partial(self._has_begun, worker))
 
-    def _has_begun(self, worker: Any, begun: "Future[Any]") -> None:
-        error = begun.exception()
+    def _has_begun(self, worker: Any, error: BaseException | None) -> None:
         with self._lock:
             if worker not in self.workers:
                 return  # It was ended before it had begun.
@@ -278,9 +290,7 @@ class RayNode(SimulatedNode):
             result = ray.get(answer, timeout=timeout)
         except GetTimeoutError:
             # Whoever is not waited for any longer still keeps the worker busy.
-            answer.future().add_done_callback(
-                lambda late: self.pool.answered(worker, late.exception())
-            )
+            call_back(answer, functools.partial(self.pool.answered, worker))
             raise
         except Exception as error:
             cause = _cause(error)

@@ -223,6 +223,7 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         self._least, self._most = buffer_limits(model)
         # Counters go as far as there are iterations, and would hide what is measured.
         self._measured = np.isinf(self._most)
+        self._room = torch.from_numpy(self._most / 2)
         self._buffer_sum = torch.zeros(0)
 
     @property
@@ -373,6 +374,8 @@ class SyncStrategy(MethodServer[Upload], Strategy):
             self.messages.close(self.finish_exchange(total_weight))
             if not self.follow_up:
                 torch.div(self._buffer_sum, total_weight, out=self.buffers)
+                # Counters leave room for what clients count from there on.
+                torch.minimum(self.buffers, self._room, out=self.buffers)
         else:
             self.abandon_exchange()
         self.books.close_exchange(time.monotonic() - started)

@@ -11,7 +11,11 @@ from typing import Any, TypeGuard
 import numpy as np
 import numpy.typing as npt
 import torch
+import yaml
 
+# What no YAML that a run writes comes near.
+_DEEPEST = 20
+_LONGEST_VALUE = 2**13
 # As malloc.h has them.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -61,8 +65,14 @@ def one_line(text: object, most: int = 500) -> str:
     str
         The words, :func:`escaped`.
     """
+    try:
+        words = str(text)
+    except (
+        ValueError
+    ):  # of a number of thousands of digits, which Python does not write
+        words = "a number too long to show"
     # One more: whatever is beyond what is kept.
-    shown = escaped(str(text)[: most + 1])
+    shown = escaped(words[: most + 1])
     return shown if len(shown) <= most else f"{shown[:most]}..."
 
 
@@ -83,6 +93,35 @@ def escaped(text: str) -> str:
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
     )
+
+
+def check_yaml(text: str) -> None:
+    """Check that a text in YAML is none that its parser would not come to an end with.
+
+    Parameters
+    ----------
+    text : str
+        What somebody else may have written.
+
+    Raises
+    ------
+    ValueError
+        It has aliases, very long values, or levels without end.
+    yaml.YAMLError
+        It is not YAML.
+    """
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        # A few of them make a document without an end.
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"it has the alias *{event.anchor}, which no run writes")
+        # Whole numbers to the base of 60 take the square of their length.
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > _LONGEST_VALUE:
+            raise ValueError(f"it has a value of {len(event.value)} characters")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

@@ -477,6 +477,10 @@ def test_resume_takes_the_saved_configuration(tmp_path: Path) -> None:
         ),
         ("a: " + "[" * 5000, "must be a run's folder, whose config.yaml can be read"),
         ("a: &a [*a]", "must be a run's folder, whose config.yaml can be read"),
+        (
+            "a: &a [1, 1]\n" + "".join(f"b{i}: &a [*a, *a]\n" for i in range(64)),
+            "whose config.yaml can be read (it has the alias *a, which no run writes)",
+        ),
         ("- a", "must be a run's folder, whose config.yaml has keys"),
         (
             "seed: 1",
@@ -503,6 +507,12 @@ def test_threads_that_start_at_once_draw_the_same_initial_weights() -> None:
     with ThreadPoolExecutor(8) as pool:
         benches = list(pool.map(workbench, [cfg] * 8))
     assert all(bench is benches[0] for bench in benches)
+
+
+def test_a_number_that_python_does_not_write_is_named_all_the_same() -> None:
+    """Of more than 4300 digits: from a file it can be given in hexadecimal ones."""
+    error = ConfigError("seed", 16**5000, "a whole number >= 0")
+    assert str(error).startswith("seed=a number too long to show: must be")
 
 
 def test_an_error_comes_whole_from_another_process() -> None:

@@ -282,7 +282,9 @@ def test_words_of_clients_stay_in_their_line(warnings: Callable[[], str]) -> Non
         )
 
 
-@pytest.mark.parametrize("value", [None, "1", [1.0], b"\x1b", float("nan"), 10**400])
+@pytest.mark.parametrize(
+    "value", [None, "1", [1.0], b"\x1b", float("nan"), 10**400, -1e200, 1.7e308]
+)
 def test_metrics_of_any_type_harm_nobody(value: Any) -> None:
     """They are not in the record, and the upload is used."""
     federation = small(THREE, BRIEF)
@@ -290,7 +292,7 @@ def test_metrics_of_any_type_harm_nobody(value: Any) -> None:
     federation.nodes[1].tamper = partial(replace, metrics=metrics)
     record = federation.play()
     assert (record.clients, record.failures) == (3, 0)
-    assert record.train_loss is not None and np.isfinite(record.train_loss)
+    assert record.train_loss is not None and 0 < record.train_loss < 10
 
 
 def test_who_says_that_it_is_lost_in_every_round_gets_the_model_ever_less_often() -> (
@@ -463,6 +465,24 @@ def test_a_bad_day_is_forgotten_once_it_was_left_out() -> None:
     assert sound == [4, 4, 4, 3, 4, 4, 4, 4]
 
 
+@pytest.mark.parametrize("taking_part", [1, 2])
+@pytest.mark.parametrize("value", [1e-20, 1e-8, 1e3])
+def test_the_first_of_few_sets_no_scale_that_shuts_out_the_others(
+    taking_part: int, value: float
+) -> None:
+    """Where too few take part for a median, that of the last rounds soon is theirs."""
+    federation = scripted(
+        "fedavg",
+        lambda _, e: np.full((1, 24), value if e == 1 else 1.0, np.float32),
+        num_clients=10,
+        fraction_fit=taking_part / 10,
+        max_empty_rounds=5,
+    )
+    sound = [federation.play().clients for _ in range(10)]
+    assert sum(sound) >= 9 * taking_part
+    assert sound[2:] == [taking_part] * 8
+
+
 def test_what_got_lost_on_its_way_is_not_forgotten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -483,6 +503,83 @@ def test_what_got_lost_on_its_way_is_not_forgotten(
     federation.play()
     moved = federation.strategy.weights - before
     np.testing.assert_allclose(moved, np.full(24, (1 + 1 + 1 + 2) / 4), rtol=1e-6)
+
+
+def test_counters_that_are_told_too_large_shut_nobody_out() -> None:
+    """Who goes on counting from a mean at the limit stays within it."""
+    training = TrainingConfig(local_steps=150, batch_size=2)
+    federation = small(THREE, training, "fedavg")
+
+    def spoil(answer: FitRes) -> FitRes:
+        payload = bytearray(from_parameters(answer.parameters))
+        np.frombuffer(payload, "<f4", 11, len(payload) - 44)[10] = 2.0**31
+        return replace(answer, parameters=to_parameters(bytes(payload)))
+
+    for node in federation.nodes:
+        node.tamper = spoil
+    assert federation.play().clients == 3
+    for node in federation.nodes:
+        node.tamper = None
+    assert [federation.play().failures for _ in range(2)] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "most"),
+    [
+        ("gradient_pruning", {"keep": 0.05}, 24),
+        ("zerofl", {"upload": "top_k_diff", "sparsity": 0.9, "mask_ratio": 0.0}, 99),
+    ],
+)
+def test_nobody_names_more_values_than_a_clients_share(
+    method: str, options: dict[str, Any], most: int
+) -> None:
+    """Though an update of zeros is not long, all would be sent what it names."""
+    federation = small(THREE, BRIEF, method, options)
+    strategy = federation.strategy
+
+    def spoil(answer: FitRes) -> FitRes:
+        writer = Writer(payload_of(answer.parameters, federation).header)
+        writer.bitmap(np.ones(strategy.dimension, np.bool_))
+        writer.vector(np.zeros(strategy.dimension, np.float32))
+        writer.vector(strategy.buffers.numpy(), part=Part.BUFFERS)
+        return replace(answer, parameters=to_parameters(writer.payload()))
+
+    federation.nodes[1].tamper = spoil
+    record = federation.play()
+    assert (record.clients, record.failures) == (2, 1)
+    changed = np.count_nonzero(strategy.changed_since(0))
+    assert 0 < changed <= 2 * most < strategy.dimension
+
+
+@pytest.mark.parametrize("method", ["fedavg", "gaia", "gwpf", "gwpf_paper", "fedpm"])
+def test_only_those_skip_whose_method_does(method: str) -> None:
+    """A run in which nobody sends anything would go on for ever."""
+    federation = small(THREE, BRIEF, method, METHOD_OPTIONS.get(method))
+
+    def skip(answer: FitRes) -> FitRes:
+        writer = Writer(payload_of(answer.parameters, federation).header)
+        writer.skip()
+        return replace(answer, parameters=to_parameters(writer.payload()))
+
+    federation.nodes[1].tamper = skip
+    record = federation.play()
+    assert (record.clients, record.failures) == (2, 1)
+
+
+def test_who_never_saves_its_state_is_not_waited_for_in_every_checkpoint() -> None:
+    """It is one of those that fail, and rest."""
+    federation = small(THREE, BRIEF)
+    federation.play()
+    node = federation.nodes[1]
+
+    def silent(*_: Any) -> GetPropertiesRes:
+        raise TimeoutError
+
+    node.get_properties = silent  # type: ignore[method-assign]
+    roster = federation.strategy.roster
+    for number in range(1, 4):
+        roster.ask_to_save(number, 0)
+    assert roster.state() == {"1": [3, 5]}
 
 
 def test_within_the_bound_and_without_one_nothing_is_cut() -> None:

@@ -128,12 +128,8 @@ def test_a_worker_that_was_ended_before_it_had_begun_gets_no_message(
     asking: Asking,
 ) -> None:
     """Whether it just had, or has failed, as it was killed."""
-    over: Future[Any] = Future()
-    over.set_result(None)
-    failed: Future[Any] = Future()
-    failed.set_exception(RuntimeError("killed"))
-    for begun in (over, failed):
-        asking.pool._has_begun("ended", begun)
+    for error in (None, RuntimeError("killed")):
+        asking.pool._has_begun("ended", error)
     assert asking.pool.workers == ["a", "b"]
     assert asking.ask("ended", 1) == []
 
@@ -181,18 +177,19 @@ def test_a_worker_that_died_is_noticed_by_who_was_to_get_a_client_from_it(
         ask(node)
 
 
-def test_workers_that_cannot_take_part_in_another_run_are_dropped(
-    pool: Pool, tmp_path: Path
-) -> None:
-    """As new ones are, and not asked for what they would fail at."""
-    assert pool.take(None, hurries=False) in pool.workers
+def test_workers_that_cannot_take_part_are_dropped(pool: Pool, tmp_path: Path) -> None:
+    """Those of the last run, and new ones; the next run has others."""
+    begun = pool._begun
     cfg = checked(compose_config([*SMALL, "dataset=mnist", f"dataset.path={tmp_path}"]))
-    pool.begin(json.dumps(OmegaConf.to_container(cfg)), str(tmp_path))
-    deadline = time.monotonic() + 60
-    while pool.workers and time.monotonic() < deadline:
-        time.sleep(0.1)
-    with pytest.raises(RunError, match="no worker of Ray is left"):
-        pool.take(None, hurries=False)
+    for _ in range(2):
+        pool.begin(json.dumps(OmegaConf.to_container(cfg)), str(tmp_path))
+        deadline = time.monotonic() + 120
+        while pool.workers and time.monotonic() < deadline:
+            time.sleep(0.1)
+        with pytest.raises(RunError, match="no worker of Ray is left"):
+            pool.take(None, hurries=False)
+    pool.begin(*begun)
+    assert pool.take(None, hurries=False) in pool.workers
 
 
 def test_a_client_that_nobody_holds_begins_anew(pool: Pool) -> None:

@@ -78,6 +78,7 @@ class GlobalModel(Protocol):
 
     name: str
     dense_downlink: bool
+    skips: bool
     weights: torch.Tensor
     buffers: torch.Tensor
 
@@ -264,6 +265,10 @@ class Messages:
             self.confirm(client, used=False)
             raise WireError("its training did not stay finite; it drops this round")
         if header.kind is Kind.SKIPPED:
+            if not self._model.skips:
+                raise WireError(
+                    f"an exchange skipped, which {header.method} never does"
+                )
             reader.finish()
         elif self.mask is not None and not with_mask:
             if self._mask_checksum is None:

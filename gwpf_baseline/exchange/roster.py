@@ -252,6 +252,9 @@ class Roster:
                 log.warning(
                     "client %d did not write its part of the checkpoint", client
                 )
+                # Who is never there for it would hold up every one.
+                if answer is not None:
+                    self.failed(client, server_round)
 
     def state(self) -> dict[str, list[int]]:
         """Return how well the clients have answered, as JSON holds it."""

@@ -86,6 +86,8 @@ class MethodServer(ABC, Generic[Upload]):
     name: str
     #: Whether clients get the whole model every time, which FedAvg is defined by.
     dense_downlink = False
+    #: Whether a client may find that what it has learned is not worth sending.
+    skips = False
 
     def __init__(
         self,

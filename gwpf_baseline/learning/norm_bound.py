@@ -137,7 +137,8 @@ class NormBound:
         # Of an even number the lower one: of two, the longer may be the liar's.
         bound = self.multiple * sorted(known)[(len(known) - 1) // 2]
         if remember:
-            # Who is beyond counts as well, up to the bound: no new scale is shut out.
-            self.recent += [min(length, bound) for length in norms]
+            # Who is beyond counts as well, and as far: a first liar's scale, however
+            # small, would else shut out all others.
+            self.recent += norms
             self.recent = self.recent[-_REMEMBERED:]
         return bound

@@ -79,6 +79,7 @@ class CMFLStrategy(FedAvgStrategy):
 
     name = "cmfl"
     dense_downlink = False
+    skips = True
 
     senders = 0
 

@@ -18,7 +18,7 @@ from gwpf_baseline.exchange.payload import Writer
 from gwpf_baseline.learning.method_client import Task
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.methods import Method
-from gwpf_baseline.methods.shared.pruning import above_threshold, largest_share
+from gwpf_baseline.methods.shared.pruning import above_threshold, largest_share, share
 from gwpf_baseline.methods.shared.sparse import SparseClient, SparseStrategy
 from gwpf_baseline.utils import ConfigError, is_number
 
@@ -65,6 +65,13 @@ class GradientPruningStrategy(SparseStrategy):
 
     name = "gradient_pruning"
     config: GradientPruningConfig
+
+    def most_sent(self) -> list[int]:
+        """Return each layer's share, if one is set."""
+        every = super().most_sent()
+        if self.config.keep is None:
+            return every
+        return [share(self.config.keep, count) for count in every]
 
 
 class GradientPruningClient(SparseClient):

@@ -20,7 +20,7 @@ from gwpf_baseline.learning.flat_model import Layer, values_per_layer
 from gwpf_baseline.learning.method_client import Task
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.methods import Method
-from gwpf_baseline.methods.shared.pruning import largest_share
+from gwpf_baseline.methods.shared.pruning import largest_share, share
 from gwpf_baseline.methods.shared.sparse import (
     SparseClient,
     SparseStrategy,
@@ -75,6 +75,11 @@ class ZeroFLConfig:
         if not isinstance(self.dense_ends, bool):
             raise ConfigError("method.dense_ends", self.dense_ends, "true or false")
 
+    @property
+    def kept(self) -> float:
+        """Return the share of a layer that is sent."""
+        return 1 - self.sparsity + self.mask_ratio
+
 
 def adapt(model: nn.Module, config: ZeroFLConfig, seed: int) -> nn.Module:
     """Make a model's layers sparse, see :func:`sparsify`."""
@@ -111,7 +116,7 @@ def sent(
         weights, or updates; of biases and of normalisation, everything.
     """
     measure = update if config.upload == "top_k_diff" else weights
-    mask = largest_share(measure, spans, 1 - config.sparsity + config.mask_ratio)
+    mask = largest_share(measure, spans, config.kept)
     for span, shape in spans:
         if len(shape) < 2:
             mask[span] = True
@@ -160,6 +165,13 @@ class ZeroFLStrategy(SparseStrategy):
         """Start the sums afresh."""
         super().reset_sums()
         self.csr = 0
+
+    def most_sent(self) -> list[int]:
+        """Return each layer's share; of biases and of normalisation, everything."""
+        return [
+            count if len(shape) < 2 else share(self.config.kept, count)
+            for count, (_, shape) in zip(super().most_sent(), self.layers, strict=True)
+        ]
 
     def read_upload(self, reader: Reader) -> SparseUpload:
         """Take one client's mask, and its weights or updates."""

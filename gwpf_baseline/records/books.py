@@ -10,7 +10,7 @@ import numpy as np
 
 from gwpf_baseline.exchange.network import Leg, Network
 from gwpf_baseline.exchange.payload import Part, Sizes
-from gwpf_baseline.records.history import RoundRecord
+from gwpf_baseline.records.history import LARGEST, RoundRecord
 
 
 @dataclass
@@ -177,7 +177,8 @@ class Books:
 
     def learned(self, loss: object) -> None:
         """Note a client's training loss, if it is one."""
-        if isinstance(loss, float) and np.isfinite(loss):
+        # A NaN is not below.
+        if isinstance(loss, float) and abs(loss) < LARGEST:
             self.tally.losses.append(loss)
 
     def close_exchange(self, seconds: float) -> None:

@@ -127,6 +127,8 @@ class RoundRecord:  # pylint: disable=too-many-instance-attributes  # a file's c
 COLUMNS = tuple(column.name for column in fields(RoundRecord))
 _BEFORE_THE_FIRST = RoundRecord(0, 0, None, None, None, 0, 0, 0, 0, 0, None, None, 0, 0)
 # What a run is measured by: for a language model, the perplexity exp(test_loss).
+#: What no number of a record reaches, so that no sum of them overflows.
+LARGEST = 1e100
 METRICS = ("accuracy", "perplexity")
 
 

@@ -10,6 +10,7 @@ import yaml
 
 from gwpf_baseline.methods.shared.network_file import NETWORK_FILE
 from gwpf_baseline.records.history import (
+    LARGEST,
     METRICS,
     SUMMARY_FILE,
     RoundRecord,
@@ -17,7 +18,14 @@ from gwpf_baseline.records.history import (
 )
 from gwpf_baseline.records.layers import LAYERS_FILE, LayerRecord, read_layers
 from gwpf_baseline.records.target import metric_of, reaches
-from gwpf_baseline.utils import escaped, is_name, is_number, is_whole, one_line
+from gwpf_baseline.utils import (
+    check_yaml,
+    escaped,
+    is_name,
+    is_number,
+    is_whole,
+    one_line,
+)
 
 # Where the same data lies.
 PLACES = {"dataset.path", "dataset.cache_dir"}
@@ -26,10 +34,8 @@ _UNSHOWN = PLACES | {"resume"}
 _TASK = {"dataset", "partition", "model", "num_clients"}
 _RUN_FILES = (SUMMARY_FILE, "config.yaml", "history.csv")
 _MEND = "run it again or leave it out"
-# What the files of a run never come near, and what all that is made of them can bear.
-_DEEPEST = 20
+# What no value of a run comes near.
 _LONGEST = 2**16
-_LARGEST = 1e100
 
 
 class ReportError(ValueError):
@@ -105,7 +111,10 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
     """
     found: dict[Path, Path] = {}
     for folder in folders:
-        runs = [folder] if _is_run(folder) else _runs_below(folder)
+        try:
+            runs = [folder] if _is_run(folder) else _runs_below(folder)
+        except OSError as error:
+            raise ReportError(f"{folder}: {error.strerror}; leave it out") from error
         if not runs:
             raise ReportError(
                 f"{folder}: no run in it or below; give a folder that a run has named "
@@ -176,6 +185,9 @@ def _stopped(
 def _read(reader: Callable[[Path], Any], file: Path) -> Any:
     """Read one of a run's files, or say in one line why that cannot be."""
     try:
+        # What has no end, or waits for whoever writes to it.
+        if file.exists() and not file.is_file():
+            raise ValueError("it is no file")
         return reader(file)
     except FileNotFoundError as error:
         # The summary is what a run writes last.
@@ -207,7 +219,9 @@ def _read_summary(file: Path) -> tuple[str, int]:
 
 def _read_config(file: Path) -> dict[str, Any]:
     # Not as OmegaConf: ${oc.env:TOKEN} would put the reader's secrets into the report.
-    loaded = _load_yaml(file.read_text(encoding="utf-8"))
+    text = file.read_text(encoding="utf-8")
+    check_yaml(text)
+    loaded = yaml.safe_load(text)
     if not isinstance(loaded, dict):
         raise ValueError("it has no keys")
     config = flatten(loaded)
@@ -230,19 +244,6 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _load_yaml(text: str) -> Any:
-    depth = 0
-    for event in yaml.parse(text, yaml.SafeLoader):
-        # A few of them make a document without an end.
-        if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"it has the alias *{event.anchor}, which no run writes")
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEEPEST:
-            raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
-    return yaml.safe_load(text)
-
-
 def _read_records(file: Path) -> list[RoundRecord]:
     records = read_history(file.parent)
     for number, record in enumerate(records, start=1):
@@ -250,9 +251,9 @@ def _read_records(file: Path) -> list[RoundRecord]:
             raise ValueError(f"round {record.round} stands where {number} belongs")
         for column, value in vars(record).items():
             # So that no sum of them is more than a float holds; a NaN is not below.
-            if value is not None and not abs(value) < _LARGEST:
+            if value is not None and not abs(value) < LARGEST:
                 raise ValueError(
-                    f"round {record.round}: {column} is no number below {_LARGEST}"
+                    f"round {record.round}: {column} is no number below {LARGEST}"
                 )
     return records
 

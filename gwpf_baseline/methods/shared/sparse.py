@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gwpf_baseline.coordinates import gather
+from gwpf_baseline.exchange.coding import WireError
 from gwpf_baseline.exchange.payload import Reader, Writer
 from gwpf_baseline.learning.client import SyncClient
+from gwpf_baseline.learning.flat_model import values_per_layer
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.strategy import SyncStrategy
 from gwpf_baseline.utils import BoolVector, FloatVector
@@ -53,9 +55,24 @@ class SparseStrategy(SyncStrategy[SparseUpload]):
         self.changed = np.zeros(self.dimension, np.bool_)
         self.sent = 0
 
+    def most_sent(self) -> list[int]:
+        """Return how many values of each layer a client may send; by default all."""
+        return values_per_layer(self.layers)
+
     def read_upload(self, reader: Reader) -> SparseUpload:
-        """Take one client's mask and values."""
+        """Take one client's mask and values.
+
+        Raises
+        ------
+        WireError
+            More values than it may send: all clients would be sent these coordinates.
+        """
         mask = reader.bitmap(self.dimension)
+        counts, most = values_per_layer(self.layers, mask), self.most_sent()
+        if any(count > limit for count, limit in zip(counts, most, strict=True)):
+            raise WireError(
+                f"{counts} values of the layers, at most {most} are allowed"
+            )
         return SparseUpload(mask, self.read_update(reader, mask))
 
     def add_upload(self, upload: SparseUpload, weight: float) -> None:
