@@ -223,7 +223,6 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         self._least, self._most = buffer_limits(model)
         # Counters go as far as there are iterations, and would hide what is measured.
         self._measured = np.isinf(self._most)
-        self._room = torch.from_numpy(self._most / 2)
         self._buffer_sum = torch.zeros(0)
 
     @property
@@ -375,7 +374,8 @@ class SyncStrategy(MethodServer[Upload], Strategy):
             if not self.follow_up:
                 torch.div(self._buffer_sum, total_weight, out=self.buffers)
                 # Counters leave room for what clients count from there on.
-                torch.minimum(self.buffers, self._room, out=self.buffers)
+                most = torch.from_numpy(self._most / 2)
+                torch.minimum(self.buffers, most, out=self.buffers)
         else:
             self.abandon_exchange()
         self.books.close_exchange(time.monotonic() - started)

@@ -566,7 +566,9 @@ def test_only_those_skip_whose_method_does(method: str) -> None:
     assert (record.clients, record.failures) == (2, 1)
 
 
-def test_who_never_saves_its_state_is_not_waited_for_in_every_checkpoint() -> None:
+def test_who_never_saves_its_state_is_not_waited_for_in_every_checkpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """It is one of those that fail, and rest."""
     federation = small(THREE, BRIEF)
     federation.play()
@@ -575,7 +577,7 @@ def test_who_never_saves_its_state_is_not_waited_for_in_every_checkpoint() -> No
     def silent(*_: Any) -> GetPropertiesRes:
         raise TimeoutError
 
-    node.get_properties = silent  # type: ignore[method-assign]
+    monkeypatch.setattr(node, "get_properties", silent)
     roster = federation.strategy.roster
     for number in range(1, 4):
         roster.ask_to_save(number, 0)
