@@ -395,6 +395,8 @@ def eight_active() -> Federation:
     federation = small([30, 40, 50], BRIEF, "gwpf_paper", THRESHOLD)
     federation.play(2)
     _activate_eight(federation)
+    # Else a skipped exchange would be refused whatever it holds.
+    federation.strategy.skips = True
     return federation
 
 
