@@ -67,9 +67,8 @@ def one_line(text: object, most: int = 500) -> str:
     """
     try:
         words = str(text)
-    except (
-        ValueError
-    ):  # of a number of thousands of digits, which Python does not write
+    # Of a number of thousands of digits, which Python does not write.
+    except ValueError:
         words = "a number too long to show"
     # One more: whatever is beyond what is kept.
     shown = escaped(words[: most + 1])

@@ -289,8 +289,8 @@ def to_ndarrays(
     Returns
     -------
     list of numpy.ndarray
-        One array an entry of ``model.state_dict()``, in its order; counters, whose mean
-        is none, are rounded.
+        One array an entry of ``model.state_dict()``, in its order; a mean of counters
+        is rounded.
     """
     # By identity, so that a shared parameter has its value under each of its names.
     pieces: dict[int, np.ndarray] = {}
