@@ -106,10 +106,9 @@ class Pool:
         """
         with self._lock:
             self._begun = (text, folder)
-            kept = list(self.workers)
-            self._fill()
-            for worker in kept:
+            for worker in self.workers:
                 self._tell(worker)
+            self._fill()
             if not self.workers:
                 given = ", ".join(f"{key}={n}" for key, n in self.resources.items())
                 allowed = "what a machine that Ray runs on has"

@@ -68,14 +68,9 @@ class Quantization:
         return not self.fp16
 
     @property
-    def exact_updates(self) -> bool:
-        """Whether the server gets what clients have learned to the bit."""
-        return self.bits == 32 and not self.fp16
-
-    @property
     def feedback(self) -> bool:
         """Whether clients keep what rounding leaves out, and send it later."""
-        return not self.exact_updates and self.rounding == "nearest"
+        return (self.bits < 32 or self.fp16) and self.rounding == "nearest"
 
     def write_values(self, writer: Writer, values: FloatVector) -> None:
         """Write a model's values.
