@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from flwr.app import Context
 from flwr.client import Client, NumPyClient
@@ -45,7 +44,7 @@ from gwpf_baseline.learning.training import train
 from gwpf_baseline.model import initial_model
 from gwpf_baseline.records.history import History
 from gwpf_baseline.server_app import make_strategy
-from gwpf_baseline.simulation import on_ray
+from gwpf_baseline.simulation import on_ray, stop_ray
 
 Arrays = list[np.ndarray]
 ClientFn = Callable[[DictConfig, Context], Client]
@@ -196,7 +195,7 @@ def round_seconds(
         on_ray(cfg, Path(folder))(server, ServerConfig(cfg.num_rounds))
         history.close()
     # Its workers would keep the CPUs that Flower's own simulation needs.
-    ray.shutdown()
+    stop_ray()
     return laps.seconds
 
 

@@ -54,11 +54,14 @@ def call_back(answer: Any, call: Callable[[BaseException | None], None]) -> None
     """Call once an answer of Ray is there, or has failed, with what went wrong.
 
     Not in the thread of Ray's that notices: there, it would wait for itself for ever if
-    it were asked to end a worker.
+    it were asked to end a worker. Nor once Ray has been stopped, which fails whatever
+    is not there yet: to ask it for anything would start another one.
     """
 
     def aside(done: "Future[Any]") -> None:
-        threading.Thread(target=call, args=(done.exception(),), daemon=True).start()
+        if ray.is_initialized():
+            error = done.exception()
+            threading.Thread(target=call, args=(error,), daemon=True).start()
 
     answer.future().add_done_callback(aside)
 
@@ -383,16 +386,17 @@ def _start_ray(cfg: DictConfig) -> None:
         if local:
             mend = "set RAY_TMPDIR to a short path to a writable folder with room"
         raise RunError(f"Ray could not start: {reason}; {mend}") from error
-    atexit.register(_stop_ray)
+    atexit.register(stop_ray)
 
 
-def _stop_ray() -> None:
-    """End the workers first: for a late answer's sake another one would be started.
+def stop_ray() -> None:
+    """End the workers and Ray; a process does so by itself at its end.
 
     By itself, Ray would also wait half a second at the end for what is to be printed.
     """
     # Who has stopped Ray already has ended them; to end one would start Ray again.
     if ray.is_initialized():
+        # First: for the sake of one that fails another one would be started.
         for pool in _kept:
             pool.close()
         ray.shutdown()

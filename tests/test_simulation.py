@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from ray.exceptions import RayActorError
 
 from gwpf_baseline.config import checked, compose_config
 from gwpf_baseline.records.history import read_history
-from gwpf_baseline.simulation import Pool, RayNode
+from gwpf_baseline.simulation import Pool, RayNode, call_back
 from gwpf_baseline.utils import RunError
 
 # A run that is still at its beginning once somebody has noticed that it has begun.
@@ -132,6 +133,17 @@ def test_a_worker_that_was_ended_before_it_had_begun_gets_no_message(
         asking.pool._has_begun("ended", error)
     assert asking.pool.workers == ["a", "b"]
     assert asking.ask("ended", 1) == []
+
+
+def test_what_fails_as_ray_is_stopped_is_nobodys_concern() -> None:
+    """To end who failed, or to replace it, would start another Ray."""
+    late: Future[None] = Future()
+    told: list[BaseException | None] = []
+    call_back(SimpleNamespace(future=lambda: late), told.append)
+    assert not ray.is_initialized()
+    late.set_exception(RuntimeError("its owner has died"))
+    time.sleep(0.2)
+    assert not told
 
 
 @pytest.fixture(name="pool")
