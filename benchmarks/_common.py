@@ -41,7 +41,9 @@ def add_data_option(options: argparse.ArgumentParser) -> None:
     """Add ``--data``, the folder of real datasets."""
     beside = REPOSITORY.parent / "shared" / "data"
     root = Path(os.environ.get("GWPF_DATA", beside))
-    options.add_argument("--data", type=Path, default=root, help="has mnist/ in it")
+    options.add_argument(
+        "--data", type=Path, default=root, help="has mnist/ and cifar10/ in it"
+    )
 
 
 def announced(items: Iterable[T], name: Callable[[T], str] = str) -> Iterator[T]:

@@ -478,7 +478,13 @@ def server_optimizer_config(cfg: DictConfig) -> ServerOptimizerConfig:
 
 
 def network_config(cfg: DictConfig) -> Network | None:
-    """Return the network to model, None if no bandwidth is set."""
+    """Return the network to model, None if no bandwidth is set.
+
+    Raises
+    ------
+    ConfigError
+        A value that is not allowed, or a list of another length than `num_clients`.
+    """
     options: Any = OmegaConf.to_container(cfg.network)
     unset = options["uplink_mbps"] is None and options["downlink_mbps"] is None
     if unset:  # the rest is checked all the same

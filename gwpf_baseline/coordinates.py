@@ -96,9 +96,9 @@ class ScatteredSum:
     """The sum of vectors that are zero but in a few places.
 
     Added to a long vector one by one, nearly each of these places is a cache miss. So
-    they are held back, in at most twice the memory of the sum itself, and then added a
-    block after the other; each place still gets its summands in the order in which
-    they came, and has the same bits.
+    they are held back, in at most twice the memory of the sum itself and one vector
+    more, and then added a block after the other; each place still gets its summands in
+    the order in which they came, and has the same bits.
 
     Parameters
     ----------

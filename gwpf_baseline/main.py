@@ -54,7 +54,7 @@ def run_experiment(cfg: DictConfig, folder: Path, console: Console) -> dict[str,
     ConfigError
         Data, model and partition that are not there or do not fit, before Ray starts.
     RunError
-        Ray could not start.
+        Ray could not start, or too many rounds in a row had no sound answer.
     """
     check_resume(cfg)
     workbench(cfg)

@@ -174,6 +174,8 @@ def run_server(
     ConfigError
         Another run writes to the folder, or what is to be resumed is none of this
         configuration, or has reached its target.
+    RunError
+        Too many rounds in a row had no sound answer.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _alone_in(folder):

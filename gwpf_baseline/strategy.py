@@ -272,7 +272,13 @@ class SyncStrategy(MethodServer[Upload], Strategy):
     def evaluate(
         self, server_round: int, parameters: Parameters
     ) -> tuple[float, dict[str, Scalar]] | None:
-        """Measure the global model and close the round's record."""
+        """Measure the global model and close the round's record.
+
+        Raises
+        ------
+        RunError
+            Too many rounds in a row had no sound answer.
+        """
         if server_round == 0 or self.finished:
             return None
         number = self.books.absolute(server_round)

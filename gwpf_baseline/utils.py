@@ -137,6 +137,11 @@ def is_whole(value: object, least: float = -math.inf) -> TypeGuard[int]:
         The value.
     least : float, default minus infinity
         The least that it may be.
+
+    Returns
+    -------
+    bool
+        Whether it is one, and not less than that.
     """
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 

@@ -39,7 +39,10 @@ _LAYOUTS: dict[str, tuple[dict[str, str], ...]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What, of the configuration group ``dataset``, determines the arrays."""
+    """What, of the configuration group ``dataset``, determines the arrays.
+
+    Its kinds raise a `ConfigError` for a value that is not allowed.
+    """
 
     source: str
     path: Path | None

@@ -180,6 +180,8 @@ class Writer(Sections):
 class Reader:
     """Takes a payload apart, in the order in which it was written.
 
+    Whatever it is asked for and is not there raises a `WireError`.
+
     Parameters
     ----------
     payload : bytes or memoryview

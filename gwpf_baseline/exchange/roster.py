@@ -29,7 +29,7 @@ _PATIENCE = 2.0
 _POLL = 0.2
 # Seconds that a checkpoint waits for a client where answers have no limit.
 _LONGEST_SAVE = 600.0
-# The longest rest, and the longest time until a node is asked again, is 2**6 rounds.
+# A rest ends within 2**6 rounds, and within as many a node is asked again.
 _MOST_DOUBLINGS = 6
 
 

@@ -115,7 +115,8 @@ class SyncClient(MethodClient, NumPyClient):
             The client's examples.
         metrics : dict
             ``train_loss``, the mean over the local iterations, and
-            ``compute_seconds``, the wall time of this call.
+            ``compute_seconds``, the wall time of this call; empty where nothing was
+            learned.
 
         Raises
         ------
@@ -143,6 +144,11 @@ class SyncClient(MethodClient, NumPyClient):
             The answer's.
         num_examples, metrics : object
             As of :meth:`fit`.
+
+        Raises
+        ------
+        WireError
+            As by :meth:`fit`.
         """
         started = time.perf_counter()
         self.server_round = _whole_number(config, "round", 1)

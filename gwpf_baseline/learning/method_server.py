@@ -60,7 +60,7 @@ class MethodServer(ABC, Generic[Upload]):
         How the mean update moves the model; default: by itself, as in FedAvg.
     quantization : Quantization, optional
         How values travel; default: as they are.
-    norm_bound : float, optional
+    norm_bound : float or None, default 20.0
         How many times longer than the exchange's median update one client's may be, to
         be used. None: any.
 
@@ -239,8 +239,9 @@ class MethodServer(ABC, Generic[Upload]):
         bool
             False if the client is too far back, or the change too large: what was
             written is dropped, and the client gets the whole model. By default a bitmap
-            of the coordinates that changed, and their values; without the bitmap for a
-            client whose upload was used in the last exchange, and who so knows them.
+            of the coordinates that changed, and their values; where there is a mask,
+            without the bitmap for a client whose upload was used in the last exchange,
+            and who so knows them.
             :meth:`SyncClient.read_change` undoes it.
         """
         changed = self.changed_since(held.version)
@@ -364,6 +365,11 @@ class MethodServer(ABC, Generic[Upload]):
         -------
         numpy.ndarray
             float32 ``(k,)``. It may be read-only.
+
+        Raises
+        ------
+        WireError
+            They are not there, or beyond all reason.
         """
         counts = values_per_layer(self.layers, mask)
         values = self.quantization.read_update(reader, counts)

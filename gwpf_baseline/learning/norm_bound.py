@@ -49,6 +49,11 @@ def norm(values: FloatVector) -> float:
     ----------
     values : numpy.ndarray
         float32 ``(k,)``.
+
+    Returns
+    -------
+    float
+        The norm.
     """
     whole = values.size - values.size % _ROW
     rows = values[:whole].reshape(-1, _ROW)

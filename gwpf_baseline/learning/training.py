@@ -29,31 +29,37 @@ class TrainingConfig:
 
     Parameters
     ----------
-    local_steps : int
+    local_steps : int, default 5
         tau, the iterations of a round.
-    local_epochs : float or None
+    local_epochs : float, optional
         If set, takes the place of `local_steps`: passes over the client's data,
         rounded up to whole batches.
-    batch_size : int
+    batch_size : int, default 50
         Samples an iteration.
-    optimizer : str
-        ``sgd`` or ``adam``.
-    lr : float
+    optimizer : {"sgd", "adam"}, default "sgd"
+        The local optimiser.
+    lr : float, default 0.05
         Learning rate.
-    lr_milestones : sequence of int
+    lr_milestones : sequence of int, default none
         Rounds after each of which the learning rate is multiplied by `lr_decay`.
-    lr_decay : float
+    lr_decay : float, default 0.1
         In ``(0, 1]``.
-    momentum : float
-        Momentum of ``sgd``.
-    weight_decay : float
+    momentum : float, default 0.0
+        Momentum of ``sgd``, in ``[0, 1)``.
+    weight_decay : float, default 0.0
         L2 penalty.
-    grad_clip : float or None
+    grad_clip : float, optional
         If set, the largest L2 norm of an iteration's gradient; longer ones are scaled.
-    persist_optimizer : bool
+    persist_optimizer : bool, default False
         Whether the optimiser's moments go on from round to round.
-    precision : str
-        ``fp32``, or on a GPU ``tf32`` (matrix products) or ``bf16`` (autocast).
+    precision : {"fp32", "tf32", "bf16"}, default "fp32"
+        ``bf16`` by autocast; ``tf32`` in products and convolutions, on a GPU, elsewhere
+        as ``fp32``.
+
+    Raises
+    ------
+    ConfigError
+        A value that is not allowed.
     """
 
     local_steps: int = 5

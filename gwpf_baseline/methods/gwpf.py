@@ -85,6 +85,11 @@ def newest_share(exchange: int, averaging: float) -> float:
         The exchange's number, from 1.
     averaging : float
         As of :class:`GWPFConfig`.
+
+    Returns
+    -------
+    float
+        In ``(0, 1]``.
     """
     return 1 / (1 + averaging * (exchange - 1))
 

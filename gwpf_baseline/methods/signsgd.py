@@ -75,7 +75,7 @@ class SignSGDStrategy(SteppingStrategy[BoolVector]):
         self.votes.fill(0)
 
     def read_upload(self, reader: Reader) -> BoolVector:
-        """Take one client's signs: whatever they are, they are but one vote."""
+        """Take one client's signs: whatever they say, each is but a vote."""
         return reader.bitmap(self.dimension, part=Part.VALUES)
 
     def add_upload(self, upload: BoolVector, weight: float) -> None:

@@ -53,8 +53,7 @@ class RoundRecord:  # pylint: disable=too-many-instance-attributes  # a file's c
         Bits that a client of the round sent and was sent for each parameter, on
         average; None if there was no client.
     csr_bytes : int or None
-        What the clients sent, as compressed sparse rows; None for a method whose
-        clients do not choose what they send.
+        What the clients sent, as compressed sparse rows, under ZeroFL; else None.
     mean_accuracy : float or None
         Of the mean of a random network on the test data; None if it is not random, or
         was not evaluated.
@@ -126,9 +125,9 @@ class RoundRecord:  # pylint: disable=too-many-instance-attributes  # a file's c
 
 COLUMNS = tuple(column.name for column in fields(RoundRecord))
 _BEFORE_THE_FIRST = RoundRecord(0, 0, None, None, None, 0, 0, 0, 0, 0, None, None, 0, 0)
-# What a run is measured by: for a language model, the perplexity exp(test_loss).
 #: What no number of a record reaches, so that no sum of them overflows.
 LARGEST = 1e100
+# What a run is measured by: for a language model, the perplexity exp(test_loss).
 METRICS = ("accuracy", "perplexity")
 
 

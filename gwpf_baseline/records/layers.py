@@ -86,6 +86,11 @@ class LayerWatch:
         ----------
         number : int
             The round.
+
+        Returns
+        -------
+        list of LayerRecord
+            One for each layer, in their order.
         """
         came = np.abs(self.last - self.start)
         perturbation = np.zeros_like(came)
