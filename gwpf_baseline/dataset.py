@@ -90,16 +90,20 @@ def _load(settings: Settings, cache_dir: Path) -> TaskData:
     existed = os.path.lexists(folder)  # asked first: another process may soon finish
     with suppress(Exception):  # not there yet, or damaged in whichever way
         return _map_arrays(folder, settings.metric)
-    # Only a whole cache is given its name: whoever is killed leaves but a temporary
-    # folder behind, and of several processes at once the first to finish wins.
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        scratch_dir = tempfile.TemporaryDirectory(prefix="tmp-", dir=cache_dir)
+        _fill(folder, settings, existed)
     except OSError as error:
-        raise ConfigError(
-            "dataset.cache_dir", cache_dir, "a folder that can be written to"
-        ) from error
-    with scratch_dir as scratch:
+        allowed = f"a folder that can be written to ({error.strerror})"
+        raise ConfigError("dataset.cache_dir", cache_dir, allowed) from error
+    return _map_arrays(folder, settings.metric)
+
+
+def _fill(folder: Path, settings: Settings, existed: bool) -> None:
+    """Decode a dataset into a folder of the cache, in the place of a damaged one."""
+    # Only a whole cache is given its name: whoever is killed leaves but a temporary
+    # folder behind, and of several processes at once the first to finish wins.
+    with tempfile.TemporaryDirectory(prefix="tmp-", dir=folder.parent) as scratch:
         if existed:
             with suppress(FileNotFoundError):
                 os.rename(folder, Path(scratch, "damaged"))
@@ -112,7 +116,6 @@ def _load(settings: Settings, cache_dir: Path) -> TaskData:
         except OSError:
             if not folder.is_dir():
                 raise
-    return _map_arrays(folder, settings.metric)
 
 
 def _fingerprint(settings: Settings) -> str:
@@ -121,6 +124,10 @@ def _fingerprint(settings: Settings) -> str:
     if settings.path is not None:
         for pattern in patterns(settings.path, settings.source).values():
             for file in sorted(settings.path.glob(pattern)):
+                if not (file.is_file() or file.is_dir()):
+                    # A link to nowhere, or what waits for whoever writes to it.
+                    allowed = f"without {file.name}, which is no file"
+                    raise ConfigError("dataset.path", settings.path, allowed)
                 stat = file.stat()
                 files.append((str(file), stat.st_size, stat.st_mtime_ns))
     text = repr((_CACHE_VERSION, settings, files))

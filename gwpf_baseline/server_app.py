@@ -284,6 +284,10 @@ def _take_over(folder: Path, cfg: DictConfig) -> None:
         for name in (MODEL_FILE, NETWORK_FILE, LAYERS_FILE, *plots):
             (folder / name).unlink(missing_ok=True)
         CheckpointFolder(folder).clear()
+    else:
+        # Of a checkpoint that did not become whole, a client's part could stay for one
+        # that does.
+        CheckpointFolder(folder).clear(keep=CheckpointFolder(folder).latest())
     OmegaConf.save(cfg, folder / "config.yaml")
 
 

@@ -5,6 +5,7 @@
 
 import itertools
 import json
+import os
 import pickle
 import re
 import resource
@@ -331,6 +332,60 @@ def test_every_mode_is_converted(tmp_path: Path) -> None:
         [[100] * 3, [100] * 3, [1, 2, 3], [100] * 3, [100] * 3],
     )
     assert_array_equal(data.test_inputs[:, :, 0, 0], [[100] * 3])
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_32_bits_a_pixel_are_refused(dtype: Any, tmp_path: Path) -> None:
+    """Whether they are meant to be of 255 or of 1, they do not say."""
+    folder = tmp_path / "data" / "x"
+    folder.mkdir(parents=True)
+    for i in range(5):
+        Image.fromarray(np.ones((8, 8), dtype)).save(folder / f"{i}.tif")
+    with pytest.raises(ConfigError, match="32 bits a pixel, where 8 or 16 are"):
+        load_data(config("imagefolder", path=tmp_path / "data"))
+
+
+def test_a_folders_name_is_no_pattern(tmp_path: Path) -> None:
+    """Else another one whose name fits it would be read as well."""
+    for name in ("a*[1]", "ab1"):
+        for i in range(5):
+            file = tmp_path / name / "x" / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), i).save(file)
+        images = (datasets.Image(), random_images(4))
+        label = (datasets.ClassLabel(num_classes=2), [0, 1, 0, 1])
+        write_parquet(tmp_path / name / "train.parquet", image=images, label=label)
+    for source, rows in (("parquet", 4), ("imagefolder", 5)):
+        name = "mnist" if source == "parquet" else source
+        data = load_data(config(name, path=tmp_path / "a*[1]"))
+        assert len(data.train_targets) + len(data.test_targets) == rows
+
+
+def test_files_that_call_their_classes_otherwise_are_refused(tmp_path: Path) -> None:
+    """The library would take the first one's names for all."""
+    for name, classes in (("train", ["cat", "dog"]), ("test", ["dog", "cat"])):
+        images = (datasets.Image(), random_images(4))
+        label = (datasets.ClassLabel(names=classes), [0, 1, 0, 1])
+        write_parquet(tmp_path / f"{name}.parquet", image=images, label=label)
+    with pytest.raises(ConfigError, match="the same classes .* unlike in test.parquet"):
+        load_data(config("mnist", path=tmp_path))
+
+
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+    """A link to nowhere, what waits for whoever writes to it, and a folder."""
+    cfg = texts(tmp_path / "data")
+    odd = tmp_path / "data" / "train-x.txt"
+    odd.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="without train-x.txt, which is no file"):
+        load_data(cfg)
+    odd.unlink()
+    os.mkfifo(odd)
+    with pytest.raises(ConfigError, match="without train-x.txt, which is no file"):
+        load_data(cfg)
+    odd.unlink()
+    odd.mkdir()
+    with pytest.raises(ConfigError, match="readable texts, unlike train-x.txt"):
+        load_data(cfg)
 
 
 def test_image_size_makes_unequal_images_square(tmp_path: Path) -> None:
@@ -1575,7 +1630,7 @@ def test_text_that_cannot_be_used_names_the_mend(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="^dataset.sequence_length=50: must be small"):
         load_data(long)
     (tmp_path / "data" / "test.txt").write_bytes(b"a b \xff d e")
-    with pytest.raises(ConfigError, match="^dataset.path=.*: must be .* and test.txt$"):
+    with pytest.raises(ConfigError, match="^dataset.path=.* UTF-8, unlike test.txt$"):
         load_data(cfg)
     (tmp_path / "data" / "test.txt").unlink()
     with pytest.raises(ConfigError, match="^dataset.path=.*: must be .* and test.txt$"):

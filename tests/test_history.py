@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from gwpf_baseline.records.display import Display, closing_table
 from gwpf_baseline.records.history import (
     COLUMNS,
+    LARGEST,
     History,
     RoundRecord,
     from_rows,
@@ -161,7 +162,7 @@ def test_a_required_number_may_not_be_missing(column: str) -> None:
         make_record(1, **{column: None})
 
 
-FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+FLOATS = st.floats(-LARGEST, LARGEST, exclude_min=True, exclude_max=True)
 COUNTS = st.integers(min_value=0, max_value=2**62)
 RECORDS = st.builds(
     RoundRecord,
@@ -174,6 +175,15 @@ RECORDS = st.builds(
     COUNTS,
     *[st.none() | FLOATS] * 2,
 )
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), 1e100])
+def test_what_no_sum_could_hold_is_no_record(value: float) -> None:
+    """Else who adds it to others, or draws it, would stumble over it."""
+    row = astuple(make_record(1))
+    index = COLUMNS.index("uplink_bytes" if isinstance(value, int) else "train_loss")
+    with pytest.raises(ValueError, match=f"{COLUMNS[index]} is no number below"):
+        from_rows([[*row[:index], value, *row[index + 1 :]]])
 
 
 @given(record=RECORDS)

@@ -120,6 +120,12 @@ def test_figures_have_a_panel_a_group(layers: int, tmp_path: Path) -> None:
         ",".join(LayerRecord._fields) + "\n1,a,5,0.5,0.5,17,1\n",
         ",".join(LayerRecord._fields) + "\nx,a,5,0.5,0.5,1,1\n",
         ",".join(LayerRecord._fields) + "\n1,a,5,0.5,0.5,1,inf\n",
+        ",".join(LayerRecord._fields) + "\n1,a,5,0.5,0.5,1,1e308\n",
+        ",".join(LayerRecord._fields) + "\n1,a,5,0.5,0.5,1,0.",
+        ",".join(LayerRecord._fields) + f"\n{'9' * 401},a,5,0.5,0.5,1,1\n",
+        ",".join(LayerRecord._fields) + "\n0,a,5,0.5,0.5,1,1\n",
+        ",".join(LayerRecord._fields) + f"\n1,{'a' * 999},5,0.5,0.5,1,1\n",
+        ",".join(LayerRecord._fields) + "\n1,a\x1b[2J,5,0.5,0.5,1,1\n",
     ],
 )
 def test_a_damaged_file_is_named(text: str, tmp_path: Path) -> None:

@@ -136,6 +136,20 @@ def test_what_is_no_checkpoint_is_let_alone(tmp_path: Path) -> None:
     assert folder.rounds() == [2] and copy.is_dir()
 
 
+def test_who_goes_on_finds_no_part_of_a_checkpoint_that_never_was_whole(
+    tmp_path: Path,
+) -> None:
+    """It would be of other rounds than these, should its client miss the next one."""
+    played(tmp_path, "checkpoint_every=2", "num_rounds=2")
+    folder = CheckpointFolder(tmp_path)
+    for client in range(3):
+        stale = folder.client_file(4, client)
+        stale.parent.mkdir(exist_ok=True)
+        shutil.copyfile(folder.client_file(2, client), stale)
+    played(tmp_path, "checkpoint_every=2", "num_rounds=3", f"resume={tmp_path}")
+    assert [path.name for path in folder.path.iterdir()] == ["round-000002"]
+
+
 def test_another_experiment_is_no_run_to_resume(tmp_path: Path) -> None:
     """The same one may be repeated, as any override may."""
     experiment = "experiment=fedpm_mnist-small"

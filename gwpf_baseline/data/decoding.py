@@ -4,6 +4,7 @@ This needs libraries that take seconds to import; a process that finds the array
 cache never loads this module.
 """
 
+import glob
 import math
 import os
 import re
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 import datasets
 import librosa
 import numpy as np
+import pyarrow.parquet as pq
 import soundfile
 from flwr_datasets import FederatedDataset
 from numpy.lib.format import open_memmap
@@ -50,6 +52,8 @@ _MOST_RATE = 768_000
 # In WikiText, titles of sections within an article stand between more of these signs.
 _TITLE = re.compile("= [^=].* =")
 _UNKNOWN, _END_OF_LINE = "<unk>", "<eos>"
+# Encoded files that are in memory at a time, each of which may be of many megabytes.
+_BATCH = 100
 
 _T = TypeVar("_T")
 _Splits = dict[Path, "_Split"]  # by the file for a split's inputs
@@ -59,6 +63,8 @@ _Statistics = tuple[NDArray[np.float32], NDArray[np.float32]]  # mean, std
 def decode(settings: Settings, folder: Path) -> None:
     """Write every array of the dataset into a folder."""
     datasets.disable_progress_bars()
+    # What it logs of files that it cannot read stands in our own errors.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     arrays: dict[str, Any] = {}
     match settings:
         case ImageSettings():
@@ -173,7 +179,7 @@ def _federated_splits(
     else:
         where = {
             "dataset": "imagefolder" if settings.source == "imagefolder" else "parquet",
-            "data_dir": str(settings.path),
+            "data_dir": glob.escape(str(settings.path)),
             "data_files": patterns(settings.path, settings.source),
             "cache_dir": library_cache,
         }
@@ -237,6 +243,7 @@ def _encode_labels(
     if not isinstance(feature, datasets.ClassLabel):  # bare numbers, or names
         classes, encoded = np.unique(np.concatenate(labels), return_inverse=True)
         return encoded.astype(np.int64), len(classes)
+    _check_classes(train.settings, column, feature)
     count = feature.num_classes
     for split, values in zip((train, test), labels, strict=True):
         wrong = (values < 0) | (values >= count)
@@ -245,6 +252,26 @@ def _encode_labels(
             wanted = f"classes from 0 to {count - 1}, without unlabelled rows"
             raise split.refuse("label", column, wanted, i, f"class {values[i]}")
     return np.concatenate(labels).astype(np.int64), count
+
+
+def _check_classes(
+    settings: TableSettings, column: str, classes: datasets.ClassLabel
+) -> None:
+    """Check that all files of a table call its classes alike.
+
+    The library takes the names of the first, and no notice of the others'.
+    """
+    if settings.path is None or settings.source == "imagefolder":
+        return
+    for pattern in patterns(settings.path, settings.source).values():
+        for file in sorted(settings.path.glob(pattern)):
+            own = None
+            with suppress(Exception):  # what cannot be read names no classes
+                schema = datasets.Features.from_arrow_schema(pq.read_schema(file))
+                own = schema.get(column)
+            if isinstance(own, datasets.ClassLabel) and own.names != classes.names:
+                allowed = f"the same classes in all files, unlike in {file.name}"
+                raise ConfigError("dataset.label", column, allowed)
 
 
 def _read_files(
@@ -261,7 +288,7 @@ def _read_files(
         encoded = encoded.cast_column(column, kind(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ConfigError(f"dataset.{key}", column, f"a column of {wanted}") from error
-    items = (item for batch in encoded.iter(1000) for item in batch[column])
+    items = (item for batch in encoded.iter(_BATCH) for item in batch[column])
     for i, item in enumerate(items):
         try:
             content = read(_open_file(item, split.settings))
@@ -319,6 +346,8 @@ def _read_format(file: Any) -> tuple[tuple[int, int], str]:
     with Image.open(file) as image:
         if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
             raise ValueError("EPS is no image")
+        if image.mode in ("I", "F") and image.format != "PNG":
+            raise ValueError("32 bits a pixel, where 8 or 16 are expected")
         return image.size, Image.getmodebase(image.mode)
 
 
@@ -477,7 +506,11 @@ def _articles(folder: Path, pattern: str) -> Iterator[list[str]]:
                         words = []
                     words += [*line.split(), _END_OF_LINE]
     except UnicodeDecodeError as error:
-        raise ConfigError("dataset.path", folder, FOLDERS["text"]) from error
+        allowed = f"a folder of texts in UTF-8, unlike {file.name}"
+        raise ConfigError("dataset.path", folder, allowed) from error
+    except OSError as error:
+        allowed = f"a folder of readable texts, unlike {file.name} ({error.strerror})"
+        raise ConfigError("dataset.path", folder, allowed) from error
     yield words
 
 

@@ -179,7 +179,7 @@ def _find_folder(cfg: DictConfig) -> Path | None:
             raise ConfigError("dataset.path", path, f"null, as {cfg.name} is built in")
         return None
     if path is None and os.environ.get("GWPF_DATA"):
-        shared = Path(os.environ["GWPF_DATA"]).expanduser()
+        shared = Path(os.path.expanduser(os.environ["GWPF_DATA"]))
         if not shared.is_dir():
             # Else who has mistyped it would wait for the hub, and be told of that.
             raise ConfigError("GWPF_DATA", shared, "a folder of data sets, or not set")

@@ -178,7 +178,7 @@ class Books:
     def learned(self, loss: object) -> None:
         """Note a client's training loss, if it is one."""
         # A NaN is not below.
-        if isinstance(loss, float) and abs(loss) < LARGEST:
+        if isinstance(loss, float) and 0 <= loss < LARGEST:
             self.tally.losses.append(loss)
 
     def close_exchange(self, seconds: float) -> None:

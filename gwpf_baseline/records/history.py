@@ -147,13 +147,18 @@ def from_rows(rows: Iterable[Sequence[Any]]) -> list[RoundRecord]:
     Raises
     ------
     ValueError
-        If a row has another number of values, or one that is no number.
+        If a row has another number of values, or one that is no number, or as large as
+        `LARGEST`.
     """
     records = []
     for row in rows:
         if len(row) != len(COLUMNS):
             raise ValueError(f"{len(row)} values, but {len(COLUMNS)} columns")
         records.append(RoundRecord(*row))
+        for column, value in vars(records[-1]).items():
+            # So that no sum of them is more than a float holds; a NaN is not below.
+            if value is not None and not abs(value) < LARGEST:
+                raise ValueError(f"{column} is no number below {LARGEST}")
     return records
 
 

@@ -6,14 +6,14 @@ has come to rest, and the way of one parameter: APF (Chen et al., ICDCS 2021), e
 2, figures 1, 2, 3 and 7.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from gwpf_baseline.utils import FloatVector
+from gwpf_baseline.records.history import LARGEST
+from gwpf_baseline.utils import FloatVector, is_name
 
 LAYERS_FILE = "layers.csv"
 #: The effective perturbation below which APF calls a parameter stable.
@@ -150,11 +150,13 @@ def read_layers(file: Path) -> list[LayerRecord]:
     """
     if not file.is_file():
         return []
-    lines = file.read_text(encoding="utf-8").splitlines()
-    if lines[:1] != [",".join(LayerRecord._fields)]:
+    first, *lines, rest = file.read_text(encoding="utf-8").split("\n")
+    if first != ",".join(LayerRecord._fields):
         raise ValueError("the columns are not those of layers")
+    if rest:
+        raise ValueError("its last line has no end")
     records = []
-    for number, line in enumerate(lines[1:], start=2):
+    for number, line in enumerate(lines, start=2):
         cells = line.split(",")
         if len(cells) != len(LayerRecord._fields):
             raise ValueError(f"line {number}: {len(cells)} values")
@@ -162,7 +164,12 @@ def read_layers(file: Path) -> list[LayerRecord]:
         # No share is outside, and neither is the mean of a quotient of path lengths.
         if not all(0 <= share <= 1.001 for share in values[:-1]):
             raise ValueError(f"line {number}: a share that is none")
-        if not math.isfinite(values[-1]):
+        # A NaN is not below.
+        if not abs(values[-1]) < LARGEST:
             raise ValueError(f"line {number}: a value that is none")
+        if not 0 < int(cells[0]) < LARGEST:
+            raise ValueError(f"line {number}: a round that is none")
+        if not is_name(cells[1]):
+            raise ValueError(f"line {number}: a name that is none")
         records.append(LayerRecord(int(cells[0]), cells[1], int(cells[2]), *values))
     return records
