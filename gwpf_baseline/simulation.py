@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,13 @@ from flwr.common import (
     Status,
 )
 from omegaconf import DictConfig, OmegaConf
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from gwpf_baseline.client_app import Worker
 from gwpf_baseline.local import SimulatedNode, among
@@ -36,6 +43,8 @@ from gwpf_baseline.utils import ConfigError, RunError, one_line
 
 log = logging.getLogger(__name__)
 
+# What Ray raises where a worker has died, or was ended for want of memory.
+_DEATHS = (RayActorError, OutOfMemoryError)
 # Threads for each worker that hold a message for it, or wait with one.
 _DEPTH = 4
 # Bytes up to which Ray sends a message as it is; beyond, by its object store, which
@@ -121,6 +130,9 @@ class Pool:
         """End the workers, and make room for others."""
         with self._lock:
             ended, self.workers = self.workers, []
+            self._load.clear()
+            # Whoever still waits for one of them is told.
+            self._pass_on()
         for worker in ended:
             ray.kill(worker)
 
@@ -153,22 +165,27 @@ class Pool:
     def answered(self, worker: Any, error: BaseException | None) -> None:
         """Take a worker back, and do without whichever has died."""
         with self._lock:
-            if isinstance(error, RayActorError):
-                # It may as well be another one, that was to give a client away.
-                for dead in [w for w in self.workers if _name_of(w) == error.actor_id]:
-                    self._drop(dead, "has died, and with it what it held")
-                    self._fill()
-            # Unless it has died, or was ended while it was busy.
-            if worker in self.workers:
-                self._load[worker] -= 1
-            self._pass_on()
+            try:
+                if isinstance(error, _DEATHS):
+                    # It may as well be another one, that was to give a client away.
+                    # One that ran out of memory is not named.
+                    name = getattr(error, "actor_id", None) or _name_of(worker)
+                    for dead in [w for w in self.workers if _name_of(w) == name]:
+                        self._drop(dead, "has died, and with it what it held")
+                        self._fill()
+            finally:
+                # Unless it has died, or was ended while it was busy.
+                if worker in self.workers:
+                    self._load[worker] -= 1
+                self._pass_on()
 
     def _drop(self, worker: Any, why: str) -> None:
         log.warning("a worker of Ray %s", one_line(why))
         self.workers.remove(worker)
         self._load.pop(worker, None)
         # Another one is to have its place, even if it was only out of reach.
-        ray.kill(worker)
+        with suppress(Exception):  # it is gone already, or Ray is
+            ray.kill(worker)
 
     def _pass_on(self) -> None:
         """Give workers to messages that wait, as far as they go."""
@@ -220,7 +237,7 @@ class Pool:
             if error is None:
                 self._load.setdefault(worker, 0)
             # One that has died since the last run is replaced once it is asked.
-            elif worker not in self._load or not isinstance(error, RayActorError):
+            elif worker not in self._load or not isinstance(error, _DEATHS):
                 # For example, because the data is not on its machine.
                 self._drop(worker, f"cannot take part: {_cause(error)}")
             self._pass_on()
@@ -278,16 +295,18 @@ class RayNode(SimulatedNode):
             self.forget()
         # Whoever's time is short must not spend it behind another client.
         worker = self.pool.take(self.held_by, hurries=timeout is not None)
-        moved = None if self.held_by else self.store
-        if self.held_by not in (None, worker):
-            moved = self.held_by.give.options(concurrency_group="moves").remote(
-                self.partition
-            )
-            # A message that waits for it would hold up what else is to be given away.
-            ray.wait([moved], timeout=timeout, fetch_local=False)
-        answer = worker.answer.remote(self.partition, question, ins, moved)
-        self.held_by = worker
         try:
+            moved = None if self.held_by else self.store
+            if self.held_by not in (None, worker):
+                moved = self.held_by.give.options(concurrency_group="moves").remote(
+                    self.partition
+                )
+                # A message that waits for it would hold up what else is to be given
+                # away.
+                ray.wait([moved], timeout=timeout, fetch_local=False)
+            # Without room for the message, Ray raises here.
+            answer = worker.answer.remote(self.partition, question, ins, moved)
+            self.held_by = worker
             # Half of the processor's time that a future of it takes.
             result = ray.get(answer, timeout=timeout)
         except GetTimeoutError:
@@ -342,7 +361,7 @@ def on_ray(cfg: DictConfig, folder: Path) -> Play:
     pool.begin(json.dumps(OmegaConf.to_container(cfg)), str(folder))
 
     nodes = [RayNode(client, pool) for client in range(cfg.num_clients)]
-    return among(nodes, _DEPTH * len(pool.workers))
+    return among(nodes, _DEPTH * max(len(pool.workers), 1))
 
 
 def _pool(num_cpus: int, num_gpus: float) -> Pool:

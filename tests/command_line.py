@@ -1,6 +1,8 @@
 """The command line as a user starts it, and what a run leaves behind."""
 
 import csv
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -27,9 +29,12 @@ TIMES = (
 )
 
 
+_started: "list[subprocess.Popen[str]]" = []
+
+
 def start(*overrides: str) -> "subprocess.Popen[str]":
     """Start the command line in a process group of its own."""
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "gwpf_baseline.main", *overrides],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
@@ -37,6 +42,17 @@ def start(*overrides: str) -> "subprocess.Popen[str]":
         text=True,
         start_new_session=True,
     )
+    _started.append(process)
+    return process
+
+
+def end_what_still_runs() -> None:
+    """End what was started, so that no test that failed slows those after it down."""
+    while _started:
+        process = _started.pop()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
 def run(*overrides: str) -> str:

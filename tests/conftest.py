@@ -7,16 +7,26 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Flower's simulation would join a cluster that another test has started meanwhile.
 os.environ["RAY_ADDRESS"] = "local"
+# In a container Ray may count fewer processors than `os.cpu_count`, as tests do.
+os.environ["RAY_USE_MULTIPROCESSING_CPU_COUNT"] = "1"
 
 # pylint: disable=wrong-import-position
 import logging  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from command_line import end_what_still_runs  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_run_outlives_its_test() -> Iterator[None]:
+    """End the runs that a test which failed has left."""
+    yield
+    end_what_still_runs()
 
 
 # Of the session, so that it is found before a test changes the environment.

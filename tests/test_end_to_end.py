@@ -174,11 +174,11 @@ def test_a_killed_run_goes_on_to_the_same_history(
     killed, resumed = tmp_path / "killed", tmp_path / "resumed"
     process = start(*SMALL, "checkpoint_every=2", f"hydra.run.dir={killed}")
     try:
-        until_round(process, killed, 5)
+        until_round(process, killed, 3)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    assert 5 <= rounds_done(killed) < 12
+    assert 3 <= rounds_done(killed) < 12
 
     output = run(f"resume={killed}", f"hydra.run.dir={resumed}")
     assert rows_without_seconds(resumed) == rows_without_seconds(small_run)

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -25,7 +26,7 @@ from command_line import (
 from flwr.common import GetPropertiesIns
 from omegaconf import OmegaConf
 from ray.cluster_utils import Cluster
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 
 from gwpf_baseline.config import checked, compose_config
 from gwpf_baseline.records.history import read_history
@@ -92,7 +93,7 @@ class Asking:
     def end(self) -> None:
         """Send away who still waits."""
         self.pool.workers = []
-        self.pool._pass_on()
+        self.pool.close()
         self.threads.shutdown()
 
 
@@ -146,6 +147,17 @@ def test_what_fails_as_ray_is_stopped_is_nobodys_concern() -> None:
     assert not told
 
 
+def test_who_waits_as_the_workers_end_is_told(asking: Asking) -> None:
+    """A free one, too, is given to nobody any more."""
+    assert asking.ask("a", 1, hurries=True) == []
+    asking.pool.workers = []
+    asking.pool.close()
+    with pytest.raises(RunError, match="no worker of Ray is left"):
+        asking.asked.pop().result(timeout=10)
+    with pytest.raises(RunError, match="no worker of Ray is left"):
+        asking.pool.take("b", hurries=False)
+
+
 @pytest.fixture(name="pool")
 def _pool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pool]:
     """Begin a run on two workers of a Ray in this process."""
@@ -153,10 +165,12 @@ def _pool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pool]:
     ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
     pool = Pool(1, 0)
     cfg = checked(compose_config(SMALL))
-    pool.begin(json.dumps(OmegaConf.to_container(cfg)), str(tmp_path))
-    yield pool
-    pool.close()
-    ray.shutdown()
+    try:
+        pool.begin(json.dumps(OmegaConf.to_container(cfg)), str(tmp_path))
+        yield pool
+    finally:
+        pool.close()
+        ray.shutdown()
 
 
 def ask(node: RayNode) -> None:
@@ -187,6 +201,24 @@ def test_a_worker_that_died_is_noticed_by_who_was_to_get_a_client_from_it(
     assert busy not in pool.workers and other in pool.workers
     for node in nodes:
         ask(node)
+
+
+def test_a_worker_that_ran_out_of_memory_is_replaced(pool: Pool) -> None:
+    """Ray names none in what it raises then."""
+    worker = pool.take(None, hurries=False)
+    pool.answered(worker, OutOfMemoryError("it was ended"))
+    assert worker not in pool.workers and len(pool.workers) == 2
+    for partition in range(3):
+        ask(RayNode(partition, pool))
+
+
+def test_who_could_not_be_sent_its_message_keeps_no_worker_busy(pool: Pool) -> None:
+    """As where there is no room for it."""
+    node = RayNode(0, pool)
+    for _ in range(3):
+        with pytest.raises(TypeError):
+            node._ask("get_properties", threading.Lock(), None)
+    ask(node)
 
 
 def test_workers_that_cannot_take_part_are_dropped(pool: Pool, tmp_path: Path) -> None:
@@ -221,7 +253,9 @@ def test_a_client_that_nobody_holds_begins_anew(pool: Pool) -> None:
 
 def test_a_worker_that_dies_costs_a_round_of_what_it_held(tmp_path: Path) -> None:
     """Its clients fail once, say that they are lost, and are played by another one."""
-    process = start(*SMALL, *LONG, f"hydra.run.dir={tmp_path}")
+    # Two at most: three clients leave others idle, whose death nobody would notice.
+    workers = f"client_resources.num_cpus={((os.cpu_count() or 1) + 1) // 2}"
+    process = start(*SMALL, *LONG, workers, f"hydra.run.dir={tmp_path}")
     until_round(process, tmp_path, 3)
     os.kill(workers_of(process)[0], signal.SIGKILL)
     output, _ = process.communicate(timeout=300)
@@ -247,7 +281,7 @@ def test_a_clients_error_is_told_in_its_own_words(tmp_path: Path) -> None:
 
 def test_nobody_waits_for_answers_that_do_not_come(tmp_path: Path) -> None:
     """A limit of a millisecond: each round is an empty one, and the run says so."""
-    limits = ["round_timeout=0.001", "max_empty_rounds=2"]
+    limits = ["round_timeout=0.001", "max_empty_rounds=2", "local_steps=200"]
     process = start(*SMALL, *limits, f"hydra.run.dir={tmp_path}")
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 1
