@@ -4,6 +4,7 @@ What Flower's simulation does with Ray, without processes: for trials, for tests
 step through a method with a debugger. Histories are the same to the bit.
 """
 
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ from gwpf_baseline.learning.state import InMemory
 from gwpf_baseline.records.history import RoundRecord
 from gwpf_baseline.server_app import Play, limit_messages, make_strategy
 from gwpf_baseline.strategy import Callback, SyncStrategy
-from gwpf_baseline.utils import keep_freed_memory
+from gwpf_baseline.utils import RunError, keep_freed_memory
 
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -52,16 +53,27 @@ class SimulatedNode(ClientProxy):
         The partition that the node serves.
     cid : str, optional
         Flower's id of the node; default: from the partition.
+
+    Attributes
+    ----------
+    stopped : bool
+        Whether it is to play its client no more.
     """
 
     def __init__(self, partition: int, cid: str | None = None) -> None:
         super().__init__(cid or f"node-{partition}")
         self.partition = partition
+        self.stopped = False
         self.forget()
 
     def forget(self) -> None:
         """Lose all state, as a node does that is set up again."""
         self.store = InMemory()
+
+    def check(self) -> None:
+        """Raise a `RunError` if the run was stopped."""
+        if self.stopped:
+            raise RunError("the run was stopped")
 
     def get_parameters(
         self, ins: GetParametersIns, timeout: float | None, group_id: int | None
@@ -123,6 +135,7 @@ class LocalNode(SimulatedNode):
         # do, in one thread at a time only. Their number of threads is not the server's,
         # whose evaluation would come to other bits with it.
         with _ONE_AT_A_TIME:
+            self.check()
             threads = torch.get_num_threads()
             try:
                 yield self.build(self.store).to_client()
@@ -225,9 +238,31 @@ def among(nodes: Sequence[SimulatedNode], at_once: int) -> Play:
         for node in nodes:
             server.client_manager().register(node)
         limit_messages(server, at_once)
-        server.fit(config.num_rounds, config.round_timeout)
+        with _stopped_by_ctrl_c(nodes):
+            server.fit(config.num_rounds, config.round_timeout)
 
     return play
+
+
+@contextmanager
+def _stopped_by_ctrl_c(nodes: Sequence[SimulatedNode]) -> Iterator[None]:
+    """Let Ctrl-C end a round: Flower would have all that is asked in it done before."""
+
+    def stop(*_: object) -> None:
+        for node in nodes:
+            node.stopped = True
+        raise KeyboardInterrupt
+
+    # Whoever ignores it, as `nohup` does, or has a way of its own with it, keeps it.
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _nodes(cfg: DictConfig, folder: str, bench: Workbench) -> list[LocalNode]:

@@ -296,6 +296,7 @@ class RayNode(SimulatedNode):
         # Whoever's time is short must not spend it behind another client.
         worker = self.pool.take(self.held_by, hurries=timeout is not None)
         try:
+            self.check()
             moved = None if self.held_by else self.store
             if self.held_by not in (None, worker):
                 moved = self.held_by.give.options(concurrency_group="moves").remote(

@@ -5,11 +5,20 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+from flwr.common import FitIns, FitRes
+from flwr.server import Server, ServerConfig, SimpleClientManager
 
+from gwpf_baseline.client_app import make_client
+from gwpf_baseline.config import checked, compose_config, workbench
+from gwpf_baseline.learning.client import SyncClient
+from gwpf_baseline.learning.state import InMemory
+from gwpf_baseline.local import LocalNode, among
 from gwpf_baseline.records.checkpoint import CheckpointFolder
+from gwpf_baseline.server_app import make_strategy
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FULL = Path("/dev/full")  # Linux's disk without room
@@ -109,6 +118,39 @@ def test_a_sweep_goes_on_after_a_job_that_cannot_be_meant(tmp_path: Path) -> Non
     assert line.startswith("error: num_clients=5000: must be")
     whole = {file.parent.name for file in tmp_path.glob("*/summary.json")}
     assert whole == {"0", "2"}
+
+
+class Interrupted(LocalNode):
+    """A node whose message the user is tired of."""
+
+    def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
+        """Press Ctrl-C, unless somebody has."""
+        if not self.stopped:
+            os.kill(os.getpid(), signal.SIGINT)
+        deadline = time.monotonic() + 10
+        while not self.stopped and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return super().fit(ins, timeout, group_id)
+
+
+def test_ctrl_c_ends_a_round_whose_messages_still_wait() -> None:
+    """Flower alone would have all of them answered first."""
+    cfg = checked(compose_config(["num_clients=5"]))
+    bench = workbench(cfg)
+    built = []
+
+    def build(partition: int, store: InMemory) -> SyncClient:
+        built.append(partition)
+        return make_client(cfg, partition, "", store, bench=bench)
+
+    nodes = [Interrupted(k, partial(build, k)) for k in range(5)]
+    strategy = make_strategy(cfg, bench, [])
+    server = Server(client_manager=SimpleClientManager(), strategy=strategy)
+    with pytest.raises(KeyboardInterrupt):
+        among(nodes, 1)(server, ServerConfig(1))
+    # Who they are they had been asked before.
+    assert sorted(built) == [0, 1, 2, 3, 4]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_who_stops_a_run_is_told_how_it_goes_on(tmp_path: Path) -> None:
