@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from gwpf_baseline.learning.flat_model import layers
-from gwpf_baseline.records.checkpoint import CheckpointFolder
+from gwpf_baseline.records.checkpoint import CheckpointFolder, checkpoint_name
 from gwpf_baseline.records.history import RoundRecord
 from gwpf_baseline.records.layers import LayerWatch, append_layers
 from gwpf_baseline.records.target import metric_of, reaches
@@ -80,9 +80,10 @@ class Checkpoints(Callback):
     def after_round(self, strategy: SyncStrategy, record: RoundRecord) -> bool:
         """Have all clients write their states, then write the server's."""
         if record.round % self.every == 0:
-            strategy.roster.ask_to_save(record.round, strategy.committed)
-            self.folder.commit(record.round, strategy.state())
-            strategy.committed = record.round
+            name = checkpoint_name(record.round, strategy.weights.numpy())
+            strategy.roster.ask_to_save(record.round, name, strategy.committed)
+            self.folder.commit(name, strategy.state())
+            strategy.committed = name
         return False
 
 

@@ -36,7 +36,12 @@ from gwpf_baseline.learning.flat_model import FlatModel, to_ndarrays
 from gwpf_baseline.learning.state import STATE_FOLDER
 from gwpf_baseline.learning.training import evaluate
 from gwpf_baseline.methods.shared.network_file import NETWORK_FILE
-from gwpf_baseline.records.checkpoint import CheckpointFolder, StateError, write_tensors
+from gwpf_baseline.records.checkpoint import (
+    CheckpointFolder,
+    StateError,
+    round_of,
+    write_tensors,
+)
 from gwpf_baseline.records.display import Display, closing_table
 from gwpf_baseline.records.history import SUMMARY_FILE, History
 from gwpf_baseline.records.layers import LAYERS_FILE
@@ -284,10 +289,6 @@ def _take_over(folder: Path, cfg: DictConfig) -> None:
         for name in (MODEL_FILE, NETWORK_FILE, LAYERS_FILE, *plots):
             (folder / name).unlink(missing_ok=True)
         CheckpointFolder(folder).clear()
-    else:
-        # Of a checkpoint that did not become whole, a client's part could stay for one
-        # that does.
-        CheckpointFolder(folder).clear(keep=CheckpointFolder(folder).latest())
     OmegaConf.save(cfg, folder / "config.yaml")
 
 
@@ -329,7 +330,7 @@ def check_resume(cfg: DictConfig) -> None:
         No checkpoint, or all rounds are done, and all files written.
     """
     if cfg.resume:
-        done = CheckpointFolder(cfg.resume).latest()
+        done = round_of(CheckpointFolder(cfg.resume).latest())
         whole = Path(cfg.resume, SUMMARY_FILE).exists()
         if done > cfg.num_rounds or (done == cfg.num_rounds and whole):
             raise ConfigError(

@@ -43,6 +43,7 @@ from gwpf_baseline.records.checkpoint import (
     as_arrays,
     as_tensors,
     check_like,
+    checkpoint_name,
 )
 from gwpf_baseline.records.history import RoundRecord, from_rows
 from gwpf_baseline.utils import (
@@ -175,8 +176,8 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         many threads as Python gives. Of others the server knows.
     round : int
         The round under way, or the last one.
-    committed : int
-        The round of the last whole checkpoint, 0 if there is none.
+    committed : str
+        The name of the last whole checkpoint, empty if there is none.
 
     Raises
     ------
@@ -218,7 +219,8 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         self.callbacks = list(callbacks)
         self.finished = False
         self.at_once: int | None = None
-        self.round = self.committed = 0
+        self.round = 0
+        self.committed = ""
         self._empty_rounds = 0
         self._least, self._most = buffer_limits(model)
         # Counters go as far as there are iterations, and would hide what is measured.
@@ -541,7 +543,8 @@ class SyncStrategy(MethodServer[Upload], Strategy):
         if [record.round for record in records] != list(range(1, len(records) + 1)):
             raise ValueError("the records are not of all rounds")
         self.books.restore(records)
-        self.round = self.committed = len(records)
+        self.round = len(records)
+        self.committed = checkpoint_name(self.round, self.weights.numpy())
         self.roster.load_state(state["standings"])
         bounds = (self.update_bound, self.buffer_bound)
         for bound, norms in zip(bounds, state["norms"], strict=True):

@@ -2,10 +2,18 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from gwpf_baseline.records.checkpoint import CheckpointFolder, load_state, save_state
+from gwpf_baseline.records.checkpoint import (
+    CheckpointFolder,
+    checkpoint_name,
+    is_checkpoint_name,
+    load_state,
+    round_of,
+    save_state,
+)
 from gwpf_baseline.utils import ConfigError
 
 STATE = {
@@ -19,6 +27,32 @@ STATE = {
     "clients": {"0": {"version": -1}},
     "records": [{"test_loss": None}],
 }
+
+
+def name_of(server_round: int, weight: float = 0.0) -> str:
+    """Return the name of a checkpoint of a small model."""
+    return checkpoint_name(server_round, np.full(3, weight, np.float32))
+
+
+def test_a_checkpoint_is_named_by_its_round_and_its_model() -> None:
+    """Whoever has a part of it can tell that it is of no other."""
+    weights = np.arange(3, dtype=np.float32)
+    assert checkpoint_name(20, weights) == "round-000020-30c8bc70"
+    assert name_of(20) != name_of(20, 1e-30) != name_of(21, 1e-30)
+    for number in (1, 20, 10**6, 10**9):
+        assert is_checkpoint_name(name_of(number))
+        assert round_of(name_of(number)) == number
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["round-000020", "round-000020-0000000g", "round-20-00000000", "", 20, None]
+    + ["../round-000020-00000000", "round-000020-00000000/..", b"round-000020-00000000"]
+    + ["round-000020-00000000\n", "round-٠٠٠٠٢٠-00000000", f"round-{'1' * 300}-00000000"],
+)
+def test_no_other_name_is_a_checkpoints(name: object) -> None:
+    """It comes with a message, and becomes part of a path."""
+    assert not is_checkpoint_name(name)
 
 
 def test_a_state_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -39,34 +73,39 @@ def test_only_the_newest_complete_checkpoint_is_kept(tmp_path: Path) -> None:
     """Clients write first; the server's file completes a checkpoint."""
     folder = CheckpointFolder(tmp_path)
     for number in (8, 9, 10):
-        save_state(folder.client_file(number, 0), {"cursor": number})
+        name = name_of(number)
+        save_state(folder.client_file(name, 0), {"cursor": number})
         if number > 8:
             # Until the server has written, the one before counts.
-            assert folder.latest() == number - 1
-        folder.commit(number, {"exchange": number})
-        assert folder.latest() == number
+            assert folder.latest() == name_of(number - 1)
+        folder.commit(name, {"exchange": number})
+        assert folder.latest() == name and folder.rounds() == [number]
         assert folder.server_state() == {"exchange": number}
-        assert folder.client_state(number, 0) == {"cursor": number}
+        assert folder.client_state(name, 0) == {"cursor": number}
         assert len(list(folder.path.iterdir())) == 1
-    assert folder.client_state(10, 1) is None
+    assert folder.client_state(name, 1) is None
+    # Of the same round in another run, or in another try.
+    assert folder.client_state(name_of(10, 1.0), 0) is None
 
 
 def test_a_half_written_checkpoint_does_not_count(tmp_path: Path) -> None:
     """A kill may leave clients' files and parts of files behind."""
     folder = CheckpointFolder(tmp_path)
-    save_state(folder.client_file(2, 0), {"cursor": 2})
-    folder.commit(2, {"exchange": 2})
-    save_state(folder.client_file(4, 0), {"cursor": 4})
-    newer = folder.client_file(4, 0).parent
+    older, name = name_of(2), name_of(4)
+    save_state(folder.client_file(older, 0), {"cursor": 2})
+    folder.commit(older, {"exchange": 2})
+    save_state(folder.client_file(name, 0), {"cursor": 4})
+    newer = folder.client_file(name, 0).parent
     (newer / "server.123.part").write_bytes(b"half")
     (newer / "client-1.123.part").write_bytes(b"half")
-    assert folder.latest() == 2
+    assert folder.latest() == older
     assert folder.server_state() == {"exchange": 2}
-    assert folder.client_state(2, 0) == {"cursor": 2}
-    # Going on from 2, the run writes 4 again and is done with the remains.
-    folder.commit(4, {"exchange": 4})
-    assert folder.latest() == 4
-    assert not folder.client_file(2, 0).exists()
+    assert folder.client_state(older, 0) == {"cursor": 2}
+    # Going on from 2, the run comes to another model, and is done with the remains.
+    again = name_of(4, 1.0)
+    folder.commit(again, {"exchange": 4})
+    assert folder.latest() == again
+    assert [path.name for path in folder.path.iterdir()] == [again]
 
 
 @pytest.mark.parametrize("damage", [b"", b"half", bytes(1000)])

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from federation import KEPT, Federation, Node, small
+from flwr.common import Scalar
 from safetensors.torch import save_file
 
-from gwpf_baseline.exchange.coding import MOST
+from gwpf_baseline.exchange.coding import MOST, WireError
 from gwpf_baseline.learning.client import SyncClient
 from gwpf_baseline.learning.server_optimizer import ServerOptimizerConfig
 from gwpf_baseline.learning.state import InMemory
@@ -201,6 +202,10 @@ def test_deep_json_is_no_state(tmp_path: Path) -> None:
 # ---- clients ------------------------------------------------------------------------
 
 
+# A checkpoint's name.
+THIRD = "round-000003-00000000"
+
+
 def start_again(node: Node, folder: CheckpointFolder) -> None:
     """Let a node lose all that it held in memory, but not its disk."""
     build = node.build
@@ -246,18 +251,19 @@ def test_a_client_takes_no_state_but_its_own(changes: State, tmp_path: Path) -> 
     federation = played("gaia")
     folder = CheckpointFolder(tmp_path)
     state = federation.nodes[0].state.to_save(0)
-    file = folder.client_file(3, 0)
+    file = folder.client_file(THIRD, 0)
     save_state(file, state)
     start_again(federation.nodes[0], folder)
     client = federation.nodes[0].build(federation.nodes[0].store)
-    assert client.load_state(3).cursor == state["cursor"]
+    assert client.load_state(THIRD).cursor == state["cursor"]
     np.testing.assert_array_equal(
-        client.load_state(3).arrays["residual"], state["residual"]
+        client.load_state(THIRD).arrays["residual"], state["residual"]
     )
-    assert client.load_state(0).cursor == client.load_state(2).cursor == 0
+    for other in ("", "round-000002-00000000", "round-000003-00000001"):
+        assert client.load_state(other).cursor == 0
     save_state(file, {**state, **changes})
     with pytest.raises(ConfigError, match="client-0.safetensors: must be the client"):
-        client.load_state(3)
+        client.load_state(THIRD)
 
 
 def test_a_folder_that_is_another_users_is_passed_over(
@@ -269,7 +275,7 @@ def test_a_folder_that_is_another_users_is_passed_over(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "exists", forbidden)
-    assert CheckpointFolder(tmp_path).client_state(3, 0) is None
+    assert CheckpointFolder(tmp_path).client_state(THIRD, 0) is None
 
 
 def test_old_files_of_a_client_are_removed(tmp_path: Path) -> None:
@@ -279,11 +285,27 @@ def test_old_files_of_a_client_are_removed(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     client = node.build(node.store)
     client.saved = folder
-    for number, committed in ((2, 0), (4, 2), (6, 2), (8, 6)):
-        client.get_properties({"checkpoint": number, "committed": committed})
+    first, second, third, fourth = (f"round-{n:06d}-00000000" for n in (2, 4, 6, 8))
+    steps = ((first, ""), (second, first), (third, first), (fourth, third))
+    for checkpoint, committed in steps:
+        client.get_properties({"checkpoint": checkpoint, "committed": committed})
     kept = sorted(path.parent.name for path in tmp_path.glob("*/*/client-0.*"))
-    assert kept == ["round-000006", "round-000008"]
+    assert kept == [third, fourth]
     assert len(list(folder.path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("key", ["checkpoint", "committed"])
+@pytest.mark.parametrize("name", ["../../round-000003-00000000", "round-3", 3, b"", 0.5])
+def test_a_name_that_is_no_checkpoints_leads_to_no_file(
+    key: str, name: Scalar, tmp_path: Path
+) -> None:
+    """Whatever the server says: a name becomes part of a path."""
+    node = played("gaia").nodes[0]
+    client = node.build(node.store)
+    client.saved = CheckpointFolder(tmp_path / "run")
+    with pytest.raises(WireError, match=f"{key} .*: the name of a checkpoint"):
+        client.get_properties({"checkpoint": THIRD, key: name})
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("method", ["gwpf", "gwpf_paper", "gaia", "stc", "apf"])
@@ -291,9 +313,9 @@ def test_a_node_that_starts_again_loses_nothing(method: str, tmp_path: Path) -> 
     """If it has its part of the last checkpoint: the same models to the bit."""
     federation, twin = played(method), played(method)
     node, folder = federation.nodes[0], CheckpointFolder(tmp_path)
-    save_state(folder.client_file(3, 0), node.state.to_save(0))
+    save_state(folder.client_file(THIRD, 0), node.state.to_save(0))
     start_again(node, folder)
-    federation.strategy.committed = 3
+    federation.strategy.committed = THIRD
     for _ in range(3):
         assert federation.play().failures == twin.play().failures == 0
         assert torch.equal(federation.strategy.weights, twin.strategy.weights)
@@ -312,9 +334,9 @@ def test_a_node_whose_state_lacks_something_says_so(
     node, folder = federation.nodes[0], CheckpointFolder(tmp_path)
     state = node.state.to_save(0)
     del state[missing]
-    save_state(folder.client_file(3, 0), state)
+    save_state(folder.client_file(THIRD, 0), state)
     start_again(node, folder)
-    federation.strategy.committed = 3
+    federation.strategy.committed = THIRD
     assert federation.play().failures == 1
     for _ in range(3):
         assert federation.play().failures == 0
@@ -327,11 +349,11 @@ def test_what_was_used_after_a_checkpoint_is_not_sent_again(tmp_path: Path) -> N
     """A node that starts again with an older state drops what that has due."""
     federation = played("gaia")
     node, folder = federation.nodes[0], CheckpointFolder(tmp_path)
-    save_state(folder.client_file(3, 0), node.state.to_save(0))
+    save_state(folder.client_file(THIRD, 0), node.state.to_save(0))
     assert node.state.arrays["residual"].any()
     assert federation.play().failures == 0
     start_again(node, folder)
-    federation.strategy.committed = 3
+    federation.strategy.committed = THIRD
     # It has lost round 4, says so, and goes on in the next one.
     assert federation.play().failures == 1
     assert node.state.cursor > 0 and "residual" not in node.state.arrays

@@ -6,13 +6,14 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from flwr.server import Server, ServerConfig
 from rich.console import Console
 
 from gwpf_baseline.config import checked, compose_config, resumed
 from gwpf_baseline.main import run_experiment
-from gwpf_baseline.records.checkpoint import CheckpointFolder
+from gwpf_baseline.records.checkpoint import CheckpointFolder, checkpoint_name
 from gwpf_baseline.records.history import read_history
 from gwpf_baseline.records.layers import read_layers
 from gwpf_baseline.server_app import run_server
@@ -130,24 +131,25 @@ def test_what_is_no_checkpoint_is_let_alone(tmp_path: Path) -> None:
     """As a copy of one that somebody has put beside it."""
     played(tmp_path, "checkpoint_every=1", "num_rounds=1")
     folder = CheckpointFolder(tmp_path)
-    copy = folder.path / "round-000001.bak"
-    shutil.copytree(folder.path / "round-000001", copy)
+    checkpoint = folder.path / folder.latest()
+    copy = checkpoint.with_name(f"{checkpoint.name}.bak")
+    shutil.copytree(checkpoint, copy)
     played(tmp_path, "checkpoint_every=1", "num_rounds=2", f"resume={tmp_path}")
     assert folder.rounds() == [2] and copy.is_dir()
 
 
-def test_who_goes_on_finds_no_part_of_a_checkpoint_that_never_was_whole(
+def test_a_checkpoint_that_never_was_whole_is_none_and_goes_with_the_next(
     tmp_path: Path,
 ) -> None:
-    """It would be of other rounds than these, should its client miss the next one."""
+    """Its parts are of another try at its round."""
     played(tmp_path, "checkpoint_every=2", "num_rounds=2")
     folder = CheckpointFolder(tmp_path)
-    for client in range(3):
-        stale = folder.client_file(4, client)
-        stale.parent.mkdir(exist_ok=True)
-        shutil.copyfile(folder.client_file(2, client), stale)
-    played(tmp_path, "checkpoint_every=2", "num_rounds=3", f"resume={tmp_path}")
-    assert [path.name for path in folder.path.iterdir()] == ["round-000002"]
+    stale = checkpoint_name(4, np.zeros(1, np.float32))
+    shutil.copytree(folder.path / folder.latest(), folder.path / stale)
+    (folder.path / stale / "server.safetensors").unlink()
+    played(tmp_path, "checkpoint_every=2", "num_rounds=4", f"resume={tmp_path}")
+    assert folder.rounds() == [4] and folder.latest() != stale
+    assert not (folder.path / stale).exists()
 
 
 def test_another_experiment_is_no_run_to_resume(tmp_path: Path) -> None:

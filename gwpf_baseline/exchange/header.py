@@ -13,7 +13,7 @@ from gwpf_baseline.exchange.coding import (
     encode_number,
 )
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 _MAGIC = b"GW"
 # magic, version, kind and flags, method; four numbers follow, and perhaps a checksum
 _HEADER = struct.Struct("<2sBBI")

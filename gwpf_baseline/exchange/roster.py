@@ -224,19 +224,21 @@ class Roster:
             self._failing.add(client)
             self._nodes[self._holders[client]].silences += 1
 
-    def ask_to_save(self, server_round: int, committed: int) -> None:
-        """Have every client write its state for a round's checkpoint.
+    def ask_to_save(self, server_round: int, checkpoint: str, committed: str) -> None:
+        """Have every client write its state for a checkpoint.
 
         Parameters
         ----------
         server_round : int
-            The round.
-        committed : int
-            That of the checkpoint before, which counts until this one is whole.
+            The round under way.
+        checkpoint : str
+            The checkpoint's name.
+        committed : str
+            That of the one before, which counts until this one is whole.
         """
         limit = self.answer_timeout or _LONGEST_SAVE
         config: dict[str, Scalar] = {
-            "checkpoint": server_round,
+            "checkpoint": checkpoint,
             "committed": committed,
         }
         asked = {

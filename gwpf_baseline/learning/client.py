@@ -47,6 +47,7 @@ from gwpf_baseline.learning.training import Batches, TrainingConfig
 from gwpf_baseline.records.checkpoint import (
     CheckpointFolder,
     StateError,
+    is_checkpoint_name,
     save_state,
 )
 from gwpf_baseline.utils import ConfigError, is_whole, one_line
@@ -105,7 +106,7 @@ class SyncClient(MethodClient, NumPyClient):
             The server's payload: one array, uint8 ``(n,)``.
         config : dict
             ``round``, the round's number, which the learning rate follows;
-            ``committed``, the round of the last whole checkpoint, if there is one.
+            ``committed``, the name of the last whole checkpoint, if there is one.
 
         Returns
         -------
@@ -152,7 +153,7 @@ class SyncClient(MethodClient, NumPyClient):
         """
         started = time.perf_counter()
         self.server_round = _whole_number(config, "round", 1)
-        committed = _whole_number(config, "committed", 0)
+        committed = _checkpoint(config, "committed")
         state = self.load_state(committed)
         reader = Reader(payload, self.name, self.initial.numel())
         try:
@@ -238,31 +239,32 @@ class SyncClient(MethodClient, NumPyClient):
         Parameters
         ----------
         config : dict
-            ``checkpoint``: the round to write the state for, and ``committed``, that of
-            the checkpoint before. Where to, only this client's own configuration says.
+            ``checkpoint``: the name of the one to write the state for, and
+            ``committed``, that of the one before. Where to, only this client's own
+            configuration says.
 
         Returns
         -------
         dict
             ``partition-id``.
         """
-        if "checkpoint" in config and self.saved is not None:
-            committed = _whole_number(config, "committed", 0)
-            number = _whole_number(config, "checkpoint", 1)
+        checkpoint = _checkpoint(config, "checkpoint")
+        if checkpoint and self.saved is not None:
+            committed = _checkpoint(config, "committed")
             client = self.batches.client
-            file = self.saved.client_file(number, client)
+            file = self.saved.client_file(checkpoint, client)
             save_state(file, self.load_state(committed).to_save(client))
             # The new one counts once the server says so.
-            self.saved.prune(client, keep=(committed, number))
+            self.saved.prune(client, keep=(committed, checkpoint))
         return {"partition-id": self.batches.client}
 
-    def load_state(self, committed: int = 0) -> ClientState:
+    def load_state(self, committed: str = "") -> ClientState:
         """Return the state: what is kept, else a checkpoint's, else a new one.
 
         Parameters
         ----------
-        committed : int, default 0
-            The round of the checkpoint that counts; 0 for none.
+        committed : str, default ""
+            The name of the checkpoint that counts; empty for none.
 
         Returns
         -------
@@ -343,6 +345,13 @@ def _whole_number(config: dict[str, Scalar], key: str, least: int) -> int:
     if not is_whole(number, least):
         raise WireError(f"{key} {one_line(number)}: a whole number from {least} on")
     return number
+
+
+def _checkpoint(config: dict[str, Scalar], key: str) -> str:
+    name = config.get(key, "")
+    if name != "" and not is_checkpoint_name(name):
+        raise WireError(f"{key} {one_line(name)}: the name of a checkpoint")
+    return str(name)
 
 
 def _all_finite(state: ClientState) -> bool:

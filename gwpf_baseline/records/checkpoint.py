@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gwpf_baseline.exchange.payload import as_tensor, is_finite
-from gwpf_baseline.utils import ConfigError
+from gwpf_baseline.exchange.payload import as_tensor, is_finite, vector_checksum
+from gwpf_baseline.utils import ConfigError, FloatVector
 
 # What a file that is none of ours makes its readers raise.
 _UNREADABLE = (
@@ -29,11 +29,42 @@ _UNREADABLE = (
     AttributeError,
 )
 _SERVER = "server.safetensors"
-_FOLDER = re.compile(r"round-(\d{6,})")
+_NAME = re.compile(r"round-([0-9]{6,20})-[0-9a-f]{8}")
 
 
 class StateError(ValueError):
     """A saved state that is none of this run's."""
+
+
+def checkpoint_name(server_round: int, weights: FloatVector) -> str:
+    """Return the name of a checkpoint.
+
+    Parameters
+    ----------
+    server_round : int
+        The round that it is of.
+    weights : numpy.ndarray
+        float32 ``(d,)``, the global model of then: a client's part is only good for
+        the server's if both are of one run, and of the same try at a round.
+
+    Returns
+    -------
+    str
+        ``round-``, the round's number, ``-`` and the CRC-32 of the weights.
+    """
+    return f"round-{server_round:06d}-{vector_checksum(weights):08x}"
+
+
+def is_checkpoint_name(name: object) -> bool:
+    """Tell whether a value is one that :func:`checkpoint_name` may have returned."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
+
+
+def round_of(checkpoint: str) -> int:
+    """Return the round that a checkpoint is of, by its name."""
+    match = _NAME.fullmatch(checkpoint)
+    assert match is not None
+    return int(match[1])
 
 
 class CheckpointFolder:
@@ -42,7 +73,8 @@ class CheckpointFolder:
     Clients write their states first and the server last, each by renaming a finished
     file, so a checkpoint that holds the server's file is whole. Older ones are removed
     only then: a kill at any moment leaves one to go on from. Clients may have disks of
-    their own, and then know only by the server which checkpoint is whole.
+    their own, and then know only by the server which checkpoint is whole: it tells
+    them its :func:`checkpoint_name`.
 
     Parameters
     ----------
@@ -53,74 +85,73 @@ class CheckpointFolder:
     def __init__(self, run: Path | str) -> None:
         self.path = Path(run) / "checkpoints"
 
-    def client_file(self, server_round: int, client: int) -> Path:
-        """Return where a client's state after a round belongs."""
-        return self._folder(server_round) / f"client-{client}.safetensors"
+    def client_file(self, checkpoint: str, client: int) -> Path:
+        """Return where a client's state of a checkpoint belongs."""
+        return self.path / checkpoint / f"client-{client}.safetensors"
 
-    def commit(self, server_round: int, state: Mapping[str, Any]) -> None:
-        """Write the server's state, which completes a round's checkpoint.
+    def commit(self, checkpoint: str, state: Mapping[str, Any]) -> None:
+        """Write the server's state, which completes a checkpoint.
 
         Parameters
         ----------
-        server_round : int
-            The round that the checkpoint is of.
+        checkpoint : str
+            Its name.
         state : mapping of str to object
             Tensors, and values that JSON holds.
         """
-        save_state(self._folder(server_round) / _SERVER, state)
-        self.clear(keep=server_round)
+        save_state(self.path / checkpoint / _SERVER, state)
+        self.clear(keep=checkpoint)
 
-    def clear(self, keep: int | None = None) -> None:
-        """Remove all checkpoints, but for one round's; other files are let alone."""
-        for number, folder in self._folders().items():
-            if number != keep:
+    def clear(self, keep: str | None = None) -> None:
+        """Remove all checkpoints but one, whole or not; other files are let alone."""
+        for folder in self._folders():
+            if folder.name != keep:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def rounds(self) -> list[int]:
         """Return the rounds of the complete checkpoints."""
-        folders = self._folders().items()
-        return [number for number, folder in folders if (folder / _SERVER).exists()]
+        return [round_of(name) for name in self._complete()]
 
-    def latest(self) -> int:
-        """Return the round of the newest complete checkpoint.
+    def latest(self) -> str:
+        """Return the name of the newest complete checkpoint.
 
         Raises
         ------
         ConfigError
             There is none.
         """
-        rounds = self.rounds()
-        if not rounds:
+        complete = self._complete()
+        if not complete:
             raise ConfigError(
                 "resume",
                 self.path.parent,
                 "the folder of a run that wrote a checkpoint (checkpoint_every=N)",
             )
-        return max(rounds)
+        return max(complete, key=round_of)
 
     def server_state(self) -> dict[str, Any]:
         """Return the server's state of the newest complete checkpoint."""
-        return load_state(self._folder(self.latest()) / _SERVER)
+        return load_state(self.path / self.latest() / _SERVER)
 
-    def client_state(self, server_round: int, client: int) -> dict[str, Any] | None:
+    def client_state(self, checkpoint: str, client: int) -> dict[str, Any] | None:
         """Return a client's state of a checkpoint, if it had one."""
-        file = self.client_file(server_round, client)
+        file = self.client_file(checkpoint, client)
         # The server's folder may be another user's, where a node has one of its own.
         with suppress(PermissionError):
             return load_state(file) if file.exists() else None
         return None
 
-    def prune(self, client: int, keep: Collection[int]) -> None:
+    def prune(self, client: int, keep: Collection[str]) -> None:
         """Remove a client's files of all checkpoints but a few.
 
         Parameters
         ----------
         client : int
             Its partition id.
-        keep : collection of int
-            The rounds whose files stay.
+        keep : collection of str
+            The names of those whose files stay.
         """
-        kept = {self.client_file(number, client) for number in keep}
+        kept = {self.client_file(name, client) for name in keep}
         for file in self.path.glob(f"round-*/client-{client}.safetensors"):
             if file not in kept:
                 file.unlink(missing_ok=True)
@@ -128,13 +159,12 @@ class CheckpointFolder:
                 with suppress(OSError):
                     file.parent.rmdir()
 
-    def _folder(self, server_round: int) -> Path:
-        return self.path / f"round-{server_round:06d}"
+    def _folders(self) -> list[Path]:
+        """Return what is there of checkpoints, whole or not."""
+        return [path for path in self.path.glob("*") if is_checkpoint_name(path.name)]
 
-    def _folders(self) -> dict[int, Path]:
-        """Return what is there of checkpoints, whole or not, by their rounds."""
-        found = ((_FOLDER.fullmatch(path.name), path) for path in self.path.glob("*"))
-        return {int(match[1]): path for match, path in found if match}
+    def _complete(self) -> list[str]:
+        return [path.name for path in self._folders() if (path / _SERVER).exists()]
 
 
 def as_tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
