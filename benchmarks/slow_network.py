@@ -28,6 +28,8 @@ from deployment import Deployment  # noqa: E402
 
 METHODS = ("fedavg", "apf", "gwpf")
 NODES = 3
+# Seconds without a round after which a run is taken for one that has failed.
+_PATIENCE = 900
 _BRIDGE = "gwpf-slow"
 _SERVER = "10.123.0.1"
 
@@ -93,15 +95,23 @@ def passed() -> Wire:
 
 def play(nodes: Deployment, config: dict[str, object]) -> list[tuple]:
     """Run an experiment; return its history's rows and the counters at their ends."""
-    history = nodes.results(nodes.submit(config)) / "history.csv"
+    run = nodes.submit(config)
+    history = nodes.results(run) / "history.csv"
     found: list[tuple] = []
+    heard = time.monotonic()
     while len(found) < config["num_rounds"]:  # type: ignore[operator]
         time.sleep(0.2)
         if nodes.ended("superlink"):
-            sys.exit(f"the SuperLink has ended, see {nodes.folder}")
+            log = nodes.folder / "superlink.log"
+            sys.exit(f"the SuperLink has ended: {log.read_text()[-2000:]}")
+        if time.monotonic() > heard + _PATIENCE:
+            log = nodes.flwr("log", run, "--show").stdout
+            sys.exit(f"no round has ended for {_PATIENCE} s: {log[-2000:]}")
         if history.exists():
             with open(history, newline="", encoding="utf-8") as file:
                 rows = list(csv.DictReader(file))
+            if rows[len(found) :]:
+                heard = time.monotonic()
             found += [(row, passed()) for row in rows[len(found) :]]
     return found
 

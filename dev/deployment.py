@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NoReturn
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-# Seconds for a process to start: imports are slow where nothing is cached.
+# Seconds for a process to start, and for a command: without a cache, imports are slow.
 _PATIENCE = 120
 # Seconds for SuperNodes to take their leave, so that they can come back at once.
 _GRACE = 10
@@ -290,14 +290,20 @@ class Deployment:
             raise RuntimeError(f"{command}: {_line(done.stderr)}")
 
     def _run(self, words: Sequence[str]) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            self._found(words),
-            env=self.environment(self.folder),
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        try:
+            return subprocess.run(
+                self._found(words),
+                env=self.environment(self.folder),
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=_PATIENCE,
+            )
+        except subprocess.TimeoutExpired as error:
+            command = shlex.join(words[:2])
+            raise RuntimeError(f"{command}: no answer in {_PATIENCE} s") from error
 
     def _found(self, words: Sequence[str]) -> list[str]:
         """Return a command with its program's whole path."""

@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 _DEATHS = (RayActorError, OutOfMemoryError)
 # Threads for each worker that hold a message for it, or wait with one.
 _DEPTH = 4
+# Seconds after which somebody is told that no worker has begun.
+_PATIENCE = 60.0
 # Bytes up to which Ray sends a message as it is; beyond, by its object store, which
 # takes three times as long. By default they are 100 kB, less than a LeNet-5.
 _MOST_INLINE = 10_000_000
@@ -125,6 +127,9 @@ class Pool:
                 given = ", ".join(f"{key}={n}" for key, n in self.resources.items())
                 allowed = "what a machine that Ray runs on has"
                 raise ConfigError("client_resources", given, allowed)
+        watch = threading.Timer(_PATIENCE, self._say_if_none_has_begun)
+        watch.daemon = True
+        watch.start()
 
     def close(self) -> None:
         """End the workers, and make room for others."""
@@ -241,6 +246,14 @@ class Pool:
                 # For example, because the data is not on its machine.
                 self._drop(worker, f"cannot take part: {_cause(error)}")
             self._pass_on()
+
+    def _say_if_none_has_begun(self) -> None:
+        if self.workers and not self._load:
+            log.warning(
+                "no worker of Ray has begun in %g s: others may have what "
+                "client_resources asks for; the run goes on once it is free",
+                _PATIENCE,
+            )
 
     def _room(self) -> int:
         room = 0

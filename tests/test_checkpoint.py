@@ -48,7 +48,11 @@ def test_a_checkpoint_is_named_by_its_round_and_its_model() -> None:
     "name",
     ["round-000020", "round-000020-0000000g", "round-20-00000000", "", 20, None]
     + ["../round-000020-00000000", "round-000020-00000000/..", b"round-000020-00000000"]
-    + ["round-000020-00000000\n", "round-٠٠٠٠٢٠-00000000", f"round-{'1' * 300}-00000000"],
+    + [
+        "round-000020-00000000\n",
+        "round-٠٠٠٠٢٠-00000000",
+        f"round-{'1' * 300}-00000000",
+    ],
 )
 def test_no_other_name_is_a_checkpoints(name: object) -> None:
     """It comes with a message, and becomes part of a path."""

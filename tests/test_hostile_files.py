@@ -295,7 +295,9 @@ def test_old_files_of_a_client_are_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["checkpoint", "committed"])
-@pytest.mark.parametrize("name", ["../../round-000003-00000000", "round-3", 3, b"", 0.5])
+@pytest.mark.parametrize(
+    "name", ["../../round-000003-00000000", "round-3", 3, b"", 0.5]
+)
 def test_a_name_that_is_no_checkpoints_leads_to_no_file(
     key: str, name: Scalar, tmp_path: Path
 ) -> None:

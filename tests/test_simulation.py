@@ -7,7 +7,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +28,7 @@ from omegaconf import OmegaConf
 from ray.cluster_utils import Cluster
 from ray.exceptions import OutOfMemoryError, RayActorError
 
+from gwpf_baseline import simulation
 from gwpf_baseline.config import checked, compose_config
 from gwpf_baseline.records.history import read_history
 from gwpf_baseline.simulation import Pool, RayNode, call_back
@@ -171,6 +172,24 @@ def _pool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pool]:
     finally:
         pool.close()
         ray.shutdown()
+
+
+def test_who_waits_for_another_jobs_processors_is_told(
+    monkeypatch: pytest.MonkeyPatch, warnings: Callable[[], str], pool: Pool
+) -> None:
+    """And has its turn once they are free."""
+    monkeypatch.setattr(simulation, "_PATIENCE", 0.5)
+    for _ in range(2):  # once both have begun
+        pool.take(None, hurries=False)
+    second = Pool(2, 0)
+    second.begin(*pool._begun)
+    with ThreadPoolExecutor(1) as thread:
+        taken = thread.submit(second.take, None, hurries=False)
+        while "no worker of Ray has begun in 0.5 s" not in warnings():
+            assert not wait([taken], timeout=0.1).done
+        pool.close()
+        assert taken.result(timeout=120) in second.workers
+    second.close()
 
 
 def ask(node: RayNode) -> None:
