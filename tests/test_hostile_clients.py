@@ -172,7 +172,7 @@ def test_a_hundred_that_do_not_say_who_they_are_keep_nobody_waiting() -> None:
     crowd = Federation(federation.strategy, [*nodes, *federation.nodes])
     try:
         assert crowd.play().clients == 3
-        federation.strategy.roster.ask_to_save(1, 0)
+        federation.strategy.roster.ask_to_save(1, "round-000001-00000000", "")
     finally:
         thinking.set()
 
@@ -580,7 +580,7 @@ def test_who_never_saves_its_state_is_not_waited_for_in_every_checkpoint(
     monkeypatch.setattr(node, "get_properties", silent)
     roster = federation.strategy.roster
     for number in range(1, 4):
-        roster.ask_to_save(number, 0)
+        roster.ask_to_save(number, f"round-{number:06d}-00000000", "")
     assert roster.state() == {"1": [3, 5]}
 
 

@@ -235,8 +235,8 @@ def test_sections_can_be_kept_and_appended_to_many_payloads() -> None:
     [
         (0, 0x50, "format version"),
         (1, 0x50, "format version"),
-        (2, 5, "format version"),
-        (2, 7, "format version"),
+        (2, 6, "format version"),
+        (2, 8, "format version"),
         (3, 0, "unknown kind"),
         (3, 8, "unknown kind"),
         (3, 0x84, "unknown kind of payload: 4, 128"),
@@ -264,7 +264,7 @@ def test_the_positions_above_are_those_of_the_fields() -> None:
     """A header of thirteen bytes, and four of a checksum where there is one."""
     code = HEADER.pack()
     assert len(code) == 13
-    assert code[:4] == b"GW\x06\x04"
+    assert code[:4] == b"GW\x07\x04"
     assert code[8:] == b"\xac\x02\x07\x01\x07"
     checked = replace(HEADER, checksum=0x01020304, follow_up=True, with_mask=True)
     assert checked.pack()[3] == 0x74
