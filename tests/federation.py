@@ -17,7 +17,7 @@ from torch import nn
 
 from gwpf_baseline.callbacks import Checkpoints
 from gwpf_baseline.client_app import make_client
-from gwpf_baseline.config import server_optimizer_config, workbench
+from gwpf_baseline.config import workbench
 from gwpf_baseline.data.task import TaskData
 from gwpf_baseline.exchange.payload import Reader, from_parameters, to_parameters
 from gwpf_baseline.learning.client import SyncClient
@@ -28,7 +28,8 @@ from gwpf_baseline.learning.training import Batches, StepHook, TrainingConfig
 from gwpf_baseline.local import LocalFederation, LocalNode
 from gwpf_baseline.methods import load_method
 from gwpf_baseline.records.checkpoint import CheckpointFolder
-from gwpf_baseline.strategy import Callback
+from gwpf_baseline.server_app import make_strategy
+from gwpf_baseline.strategy import Callback, SyncStrategy
 
 # Every failure is meant; what the package says about it stands in its own log.
 logging.getLogger("flwr").setLevel(logging.CRITICAL)
@@ -49,6 +50,8 @@ class Node(LocalNode):
         What becomes of an answer on its way; raises if it gets lost.
     received, sent : list of Parameters
         All that passed in either direction.
+    starts : list of numpy.ndarray
+        Where a :class:`Scripted` client has started from, float32 ``(d,)`` each.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -57,6 +60,7 @@ class Node(LocalNode):
         self.tamper: Callable[[FitRes], FitRes] | None = None
         self.received: list[Parameters] = []
         self.sent: list[Parameters] = []
+        self.starts: list[np.ndarray] = []
 
     @property
     def state(self) -> ClientState:
@@ -104,19 +108,13 @@ def configured(
     callbacks: list[Callback] = []
     if cfg.checkpoint_every:
         callbacks.append(Checkpoints(CheckpointFolder(folder), cfg.checkpoint_every))
-    arguments = {
-        "num_clients": cfg.num_clients,
-        "fraction_fit": cfg.fraction_fit,
-        "seed": cfg.seed,
-        "weighting": cfg.weighting,
-        "num_examples": [len(rows) for rows in bench.partitions],
-        "norm_bound": cfg.norm_bound,
-        "server_optimizer": server_optimizer_config(cfg),
-        "quantization": bench.quantization,
-        "callbacks": callbacks,
-        **strategy,
-    }
-    server = bench.method.strategy(bench.model, config=bench.method_config, **arguments)
+    kind = bench.method.strategy
+
+    def built(model: nn.Module, **given: Any) -> SyncStrategy:
+        return kind(model, **{**given, **strategy})
+
+    method = bench.method._replace(strategy=built)
+    server = make_strategy(cfg, replace(bench, method=method), callbacks)
     if cfg.resume:
         server.load_state(CheckpointFolder(cfg.resume).server_state())
 
@@ -215,7 +213,7 @@ class Scripted(SyncClient):
     script : callable
         From client and exchange to the steps, float32 ``(steps, d)``.
     starts : list of numpy.ndarray
-        Where the client started from.
+        Where the client has started from.
     """
 
     script: Script
@@ -259,7 +257,7 @@ def scripted(
     num_clients : int, default 4
         Number of clients.
     **strategy : object
-        More arguments of the strategy.
+        More arguments of the strategy; by `num_examples` each client has one.
     """
     found, config = load_method({"module": method, **(options or {})})
     model = nn.Linear(23, 1)
@@ -271,8 +269,11 @@ def scripted(
     bases: Any = (Scripted, found.client)
     played = type("ScriptedClient", bases, {})
 
+    examples = strategy.setdefault("num_examples", [1] * num_clients)
+    starts: list[list[np.ndarray]] = [[] for _ in range(num_clients)]
+
     def build(client: int, store: StateStore) -> SyncClient:
-        batches = Batches(data, np.arange(1), 0, client)
+        batches = Batches(data, np.arange(examples[client]), 0, client)
         built = played(
             store,
             flat,
@@ -282,13 +283,15 @@ def scripted(
             config=config,
             quantization=strategy.get("quantization"),
         )
-        built.script, built.starts = script, []
+        built.script, built.starts = script, starts[client]
         return built
 
-    strategy.setdefault("num_examples", [1] * num_clients)
     strategy.setdefault("max_empty_rounds", 1000)
     server = found.strategy(model, config=config, num_clients=num_clients, **strategy)
-    return Federation(server, [Node(i, partial(build, i)) for i in range(num_clients)])
+    nodes = [Node(i, partial(build, i)) for i in range(num_clients)]
+    for node, its in zip(nodes, starts, strict=True):
+        node.starts = its
+    return Federation(server, nodes)
 
 
 def size(parameters: Parameters) -> int:

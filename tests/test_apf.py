@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federation import Federation, lose, scripted, size, small, with_tensors
+from federation import Federation, lose, scripted, small, with_tensors
 from flwr.common import FitRes
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 
 from gwpf_baseline.learning.training import TrainingConfig
 from gwpf_baseline.methods.apf import (
@@ -401,12 +401,11 @@ def _refused(answer: FitRes) -> FitRes:
 
 @pytest.mark.parametrize("mishap", ["lost", "refused", "deaf", "forgetful"])
 def test_who_falls_out_of_step_is_sent_the_mask(mishap: str) -> None:
-    """And what it had learned arrives later, unless it lost its state."""
+    """From then on, and those that are in step are not."""
     federation = small([30] * 3, TRAINING, "apf", EAGER)
     server, node = federation.strategy, federation.nodes[1]
     federation.play(6)
     assert server.in_step == {0, 1, 2}
-    cost = size(node.received[-1])
     if mishap == "forgetful":
         node.forget()
     node.reachable = mishap != "deaf"
@@ -419,7 +418,41 @@ def test_who_falls_out_of_step_is_sent_the_mask(mishap: str) -> None:
         assert (record.clients, record.failures) == (3, 0)
         assert server.in_step == {0, 2}
         assert_array_equal(node.uploaded(), server.mask)
-    assert size(node.received[-1]) > 0 and cost > 0
+
+
+def test_nothing_that_is_learned_gets_lost() -> None:
+    """Of what is not frozen; each update is in the model or pending, in step or not."""
+    learned, moved = np.zeros(24), np.zeros(24)
+
+    def script(client: int, exchange: int) -> np.ndarray:
+        nonlocal learned
+        steps = np.random.default_rng([client, exchange]).normal(size=(1, 24))
+        steps[:, 12:] += 1  # half of them go somewhere
+        learned = learned + np.where(server.mask, steps.sum(0), 0)
+        return steps.astype(np.float32)
+
+    options = {"check_every": 1, "ema": 0.5, "threshold": 0.7}
+    federation = scripted("apf", script, options, fraction_fit=0.75)
+    server, rng = federation.strategy, np.random.default_rng(0)
+    shares = []
+    for _ in range(60):
+        for node in federation.nodes:
+            luck = rng.choice(["good", "good", "good", "deaf", "lost", "refused"])
+            node.reachable = luck != "deaf"
+            node.tamper = {"lost": lose, "refused": _refused}.get(luck)
+        before = server.weights.double().numpy()
+        record = federation.play()
+        shares.append(record.frozen_fraction or 0.0)
+        moved += (server.weights.double().numpy() - before) * record.clients
+        pending = np.zeros(24)
+        for i, node in enumerate(federation.nodes):
+            residual = node.state.arrays.get("residual", np.zeros(24)).copy()
+            uploaded = node.state.uploaded
+            if uploaded and server.clients[i].used == uploaded:
+                residual[node.uploaded()] = 0
+            pending += residual
+        assert_allclose(moved + pending, learned, atol=1e-4)
+    assert 0 < max(shares) < 1 and not server.in_step
 
 
 def test_a_client_with_another_mask_is_left_out_and_then_told() -> None:
@@ -455,7 +488,13 @@ def test_partial_synchronisation_lets_frozen_values_drift() -> None:
     assert_array_equal(frozen, np.arange(24) < 12)
     model = server.weights.clone()
     left = [node.state.arrays["residual"].copy() for node in federation.nodes]
-    federation.play(6)
+    federation.play(5)
+    held = [node.state.arrays["residual"].copy() for node in federation.nodes]
+    common = server.weights.numpy().copy()
+    federation.play()
+    for node, residual in zip(federation.nodes, held, strict=True):
+        start = np.where(frozen, common + residual, common)
+        assert_array_equal(node.starts[-1], start)
     assert torch.equal(server.weights[:12], model[:12])
     for client, node in enumerate(federation.nodes):
         moved = node.state.arrays["residual"] - left[client]

@@ -9,7 +9,7 @@ from federation import payload_of, scripted, size, small
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
 from gwpf_baseline.exchange.header import Kind
 from gwpf_baseline.exchange.payload import to_parameters
@@ -88,13 +88,61 @@ def test_a_falling_threshold_lets_all_send_in_the_end() -> None:
     assert falling.strategy.records[-1].sent_fraction == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "speaks"),
+    [
+        ({"threshold": 0.5}, [1, 1, 1, 1]),
+        ({"threshold": 0.51}, [1, 0, 0, 0]),
+        # 0.8 / sqrt(2) is 0.57, and 0.8 / sqrt(3) is 0.46.
+        ({"threshold": 0.8, "decay": True}, [1, 0, 1, 1]),
+    ],
+)
+def test_half_of_the_signs_are_as_many_as_the_threshold_says(
+    options: dict[str, Any], speaks: list[int]
+) -> None:
+    """Or more; it falls by the square root of the rounds, where it does."""
+
+    def script(client: int, exchange: int) -> np.ndarray:
+        step = np.ones((1, 24), np.float32)
+        if client == 1:
+            step[:, 12:] = -0.5
+        return step
+
+    federation = scripted("cmfl", script, options, num_clients=2)
+    assert [federation.play().clients - 1 for _ in speaks] == speaks
+
+
+def test_updates_are_compared_with_the_last_one_and_not_with_the_first() -> None:
+    """A way that bends by four of 24 signs a round is relevant all along."""
+
+    def script(client: int, exchange: int) -> np.ndarray:
+        step = np.ones((1, 24), np.float32)
+        step[:, : 4 * (exchange - 1)] = -1
+        return step
+
+    federation = scripted("cmfl", script, {"threshold": 0.8}, num_clients=1)
+    assert [federation.play().clients for _ in range(7)] == [1] * 7
+
+
 def test_sampled_clients_compare_with_all_that_they_missed() -> None:
     """A client that comes back sees the model's whole way since it was last asked."""
     federation = scripted("cmfl", _script, {"threshold": 0.8}, fraction_fit=0.5)
-    for _ in range(12):
+    asked = [federation.strategy.weights.numpy().copy()] * 4
+    missed = 0
+    for number in range(12):
+        model = federation.strategy.weights.numpy().copy()
+        counts = [len(node.received) for node in federation.nodes]
         record = federation.play()
         assert record.failures == 0
-    assert federation.strategy.weights[5] > 3
+        for client, node in enumerate(federation.nodes):
+            if len(node.received) == counts[client]:
+                missed += number > 0
+                continue
+            moved = model - asked[client]
+            if moved.any():
+                assert_array_equal(node.state.arrays["last_global"], moved)
+            asked[client] = model
+    assert missed
 
 
 @pytest.mark.parametrize(

@@ -116,8 +116,8 @@ def test_nothing_that_is_learned_gets_lost() -> None:
         assert_allclose(moved + pending, learned, atol=1e-4)
 
 
-def test_clients_start_from_the_global_model() -> None:
-    """What is pending is not in what a client trains on."""
+def test_the_share_that_is_kept_is_of_each_layer() -> None:
+    """The rest is pending."""
 
     def script(client: int, exchange: int) -> np.ndarray:
         return np.linspace(-1, 1, 24, dtype=np.float32)[None] * 0.1

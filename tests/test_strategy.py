@@ -45,6 +45,7 @@ from gwpf_baseline.learning.state import ClientState, InMemory
 from gwpf_baseline.learning.training import TrainingConfig
 from gwpf_baseline.methods.shared.activity import Activity
 from gwpf_baseline.methods.shared.ternary import read_ternary
+from gwpf_baseline.records.checkpoint import CheckpointFolder
 from gwpf_baseline.records.history import RoundRecord
 from gwpf_baseline.utils import ConfigError
 
@@ -1201,6 +1202,25 @@ def test_a_strategy_takes_no_option_that_it_cannot_use(
         configured(compose("method=gwpf"), **options)
 
 
+def test_a_configured_strategy_has_what_is_configured(compose: Compose) -> None:
+    """What stands in its own configuration, and not only what has another default."""
+    cfg = compose(
+        *("method=gaia", "server_optimizer=fedadam", "server_optimizer.lr=0.02"),
+        *("quantization.bits=8", "norm_bound=7", "seed=5", "max_empty_rounds=3"),
+        *("weighting=examples", "fraction_fit=0.4", "round_timeout=9"),
+    )
+    strategy = configured(cfg).strategy
+    assert strategy.optimizer.config.name == "fedadam"
+    assert strategy.optimizer.config.lr == 0.02
+    assert strategy.quantization.bits == 8
+    assert strategy.update_bound.multiple == strategy.buffer_bound.multiple == 7
+    assert (strategy.seed, strategy.max_empty_rounds) == (5, 3)
+    assert (strategy.weighting, sum(strategy.num_examples)) == ("examples", 1437)
+    roster = strategy.roster
+    assert (roster.num_clients, roster.fraction, roster.seed) == (5, 0.4, 5)
+    assert (roster.answer_timeout, roster.connect_timeout) == (9, 120)
+
+
 def test_no_more_messages_of_a_second_exchange_are_on_their_way_than_of_the_first(
     compose: Compose,
 ) -> None:
@@ -1240,21 +1260,29 @@ def test_a_resumed_run_goes_on_to_the_bit(
         "persist_optimizer=true",
         "seed=5",
     ]
-    whole = configured(compose(*overrides), tmp_path / "whole")
+
+    def begun(folder: str, *resume: str) -> Federation:
+        federation = configured(compose(*overrides, *resume), tmp_path / folder)
+        # One that fails whenever it is asked, and therefore rests.
+        federation.nodes[3].tamper = lose
+        return federation
+
+    whole = begun("whole")
     whole.play(10)
-    configured(compose(*overrides), tmp_path / "first").play(4)
-    resume = f"resume={tmp_path / 'first'}"
-    second = configured(compose(*overrides, resume), tmp_path / "second")
+    begun("first").play(4)
+    second = begun("second", f"resume={tmp_path / 'first'}")
     second.play(2)
-    resume = f"resume={tmp_path / 'second'}"
-    third = configured(compose(*overrides, resume), tmp_path / "third")
+    third = begun("third", f"resume={tmp_path / 'second'}")
     third.play(4)
 
     _assert_same(third, whole)
     for mine, theirs in zip(third.nodes, whole.nodes, strict=True):
         _assert_same_state(mine.state, theirs.state)
-    assert third.strategy.exchange == whole.strategy.exchange
-    assert third.strategy.clients == whole.strategy.clients
+    state, expected = third.strategy.state(), whole.strategy.state()
+    for key in state.keys() - {"records"}:
+        if not isinstance(state[key], torch.Tensor):
+            assert state[key] == expected[key], key
+    assert state["standings"] and state["clients"]
     for mine, theirs in zip(
         third.strategy.records, whole.strategy.records, strict=True
     ):
@@ -1301,6 +1329,57 @@ def test_masks_are_derived_as_before_after_a_resume(
         resumed.strategy.records, whole.strategy.records, strict=True
     ):
         assert _timeless(one) == _timeless(other)
+
+
+def test_clients_write_their_parts_before_the_server(
+    monkeypatch: pytest.MonkeyPatch, compose: Compose, tmp_path: Path
+) -> None:
+    """So that a checkpoint with the server's part is whole, whenever it is killed."""
+    there = []
+
+    def commit(self: CheckpointFolder, checkpoint: str, state: Any) -> None:
+        del state
+        there.append(sorted(path.name for path in (self.path / checkpoint).iterdir()))
+
+    monkeypatch.setattr(CheckpointFolder, "commit", commit)
+    cfg = compose("method=gwpf", "checkpoint_every=1")
+    configured(cfg, tmp_path).play()
+    assert there == [[f"client-{client}.safetensors" for client in range(5)]]
+
+
+def test_who_starts_again_in_mid_run_goes_on_from_its_part_of_the_checkpoint(
+    compose: Compose, tmp_path: Path
+) -> None:
+    """The server tells it which one counts; the older ones are gone."""
+    cfg = compose("method=gwpf", "checkpoint_every=1")
+    federation = configured(cfg, tmp_path / "one")
+    twin = configured(cfg, tmp_path / "other")
+    for _ in range(4):
+        assert federation.play().failures == twin.play().failures == 0
+        _assert_same(federation, twin)
+        federation.nodes[1].forget()
+    assert len(list(tmp_path.glob("one/checkpoints/*/client-1.*"))) == 1
+
+
+@pytest.mark.parametrize("limit", [None, 7.0])
+def test_nobody_is_asked_without_a_limit(
+    limit: float | None, compose: Compose, tmp_path: Path
+) -> None:
+    """Who it is, and for its part of a checkpoint, where answers have none."""
+    cfg = compose("method=gwpf", "checkpoint_every=1", "connect_timeout=33")
+    federation = configured(cfg, tmp_path, round_timeout=limit)
+    limits = []
+    for node in federation.nodes:
+
+        def watched(
+            ins: Any, timeout: Any, group_id: Any, ask: Any = node.get_properties
+        ) -> Any:
+            limits.append((bool(ins.config), timeout))
+            return ask(ins, timeout, group_id)
+
+        node.get_properties = watched  # type: ignore[method-assign]
+    federation.play()
+    assert sorted(limits) == [(False, 33)] * 5 + [(True, limit or 600)] * 5
 
 
 def test_each_client_has_its_own_time_to_write_its_part_of_a_checkpoint(

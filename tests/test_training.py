@@ -172,6 +172,49 @@ def test_local_epochs_are_whole_batches(
     assert config.steps(len(ROWS)) == steps
 
 
+def test_half_precision_is_of_the_model_and_not_of_the_weights() -> None:
+    """Its products are in half precision, and so it learns a little otherwise."""
+    weights, products = {}, {}
+    for precision in ("fp32", "bf16"):
+        module = small_net()
+        seen: list[torch.dtype] = []
+        module[1].register_forward_hook(lambda *call, to=seen: to.append(call[2].dtype))
+        model = FlatModel(module)
+        train(model, batches(), TrainingConfig(3, precision=precision), 0)
+        weights[precision], products[precision] = model.vector.detach(), set(seen)
+    assert products == {"fp32": {torch.float32}, "bf16": {torch.bfloat16}}
+    assert weights["bf16"].dtype == torch.float32
+    assert not torch.equal(weights["bf16"], weights["fp32"])
+    assert torch.allclose(weights["bf16"], weights["fp32"], atol=0.01)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_tensor_cores_round_only_where_they_may(precision: str) -> None:
+    """Whatever the last round of this process was in."""
+    torch.backends.cuda.matmul.allow_tf32 = precision != "tf32"
+    torch.backends.cudnn.allow_tf32 = precision != "tf32"
+    train(FlatModel(small_net()), batches(), TrainingConfig(1, precision=precision), 0)
+    assert torch.backends.cuda.matmul.allow_tf32 == (precision == "tf32")
+    assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+
+
+def test_batches_are_augmented_where_that_is_asked_for() -> None:
+    """The same examples, moved or mirrored, by the generator's draws alone."""
+
+    def drawn(augment: bool, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator()
+        generator.manual_seed(seed)
+        stream = Batches(DATA, ROWS, 0, 0, augment)
+        [batch] = stream.draw(0, 37, 1, torch.device("cpu"), generator)
+        return batch
+
+    plain, moved, again = drawn(False, 0), drawn(True, 0), drawn(True, 0)
+    assert torch.equal(plain[0], drawn(False, 1)[0])
+    assert torch.equal(moved[0], again[0]) and torch.equal(moved[1], plain[1])
+    assert not torch.equal(moved[0], plain[0])
+    assert not torch.equal(moved[0], drawn(True, 1)[0])
+
+
 def test_evaluation_is_in_full_precision() -> None:
     """Also in a process that has never trained, or has in another one."""
     torch.backends.cuda.matmul.allow_tf32 = True
