@@ -48,7 +48,7 @@ from gwpf_baseline.learning.method_client import Task
 from gwpf_baseline.learning.state import ClientState
 from gwpf_baseline.learning.training import StepHook
 from gwpf_baseline.methods import load_method
-from gwpf_baseline.methods.gwpf_paper import GWPFUpload
+from gwpf_baseline.methods.gwpf_paper import GWPFPaperUpload
 from gwpf_baseline.utils import BoolVector
 
 # Our method, and the shares that are frozen with us and in the released code. The
@@ -242,7 +242,7 @@ class Ours:
         strategy.add_upload(self.plain_upload(), 1.0)
         strategy.messages.close(strategy.finish_exchange(1.0))
 
-    def plain_upload(self) -> GWPFUpload:
+    def plain_upload(self) -> GWPFPaperUpload:
         """Exchange vectors with the client."""
         server, last = self.strategy, self.strategy.exchange - 1
         again, size = server.follow_up, server.dimension
@@ -253,7 +253,7 @@ class Ours:
         with Timed(self.times, "client"):
             self.client.settle(self.state)
             self.client.upload(task, self.state, writer)
-        return GWPFUpload(writer.votes, writer.values)
+        return GWPFPaperUpload(writer.votes, writer.values)
 
     def train(
         self, model: FlatModel, *_: Any, on_step: StepHook | None = None, **__: Any

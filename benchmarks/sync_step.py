@@ -43,7 +43,7 @@ from gwpf_baseline.learning.method_client import Task
 from gwpf_baseline.learning.state import ClientState, InMemory
 from gwpf_baseline.learning.training import Batches, StepHook
 from gwpf_baseline.methods import Method, load_method
-from gwpf_baseline.methods.gwpf_paper import GWPFPaperStrategy, GWPFUpload
+from gwpf_baseline.methods.gwpf_paper import GWPFPaperStrategy, GWPFPaperUpload
 from gwpf_baseline.methods.shared.ternary import Ternary, TernaryStrategy
 from gwpf_baseline.strategy import SyncStrategy
 from gwpf_baseline.utils import BoolVector
@@ -196,7 +196,7 @@ def paper_server(
         count = strategy.value_sum.numel()
         for client in cohort:
             ballot = None if follow_up else votes[client]
-            strategy.add_upload(GWPFUpload(ballot, values[client][:count]), 1.0)
+            strategy.add_upload(GWPFPaperUpload(ballot, values[client][:count]), 1.0)
         strategy.finish_exchange(len(cohort))
 
     return step

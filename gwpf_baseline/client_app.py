@@ -43,7 +43,7 @@ def make_client(
     client : int
         The partition's id.
     folder : str
-        The run's folder, for the client's part of checkpoints.
+        The run's folder, for the client's part of checkpoints; if empty, there is none.
     store : StateStore, optional
         What the client keeps from one message to the next; default: a file in that
         folder.
@@ -69,14 +69,14 @@ def make_client(
         bench.training,
         config=bench.method_config,
         quantization=bench.quantization,
-        saved=CheckpointFolder(folder) if cfg.checkpoint_every else None,
+        saved=CheckpointFolder(folder) if folder and cfg.checkpoint_every else None,
         found=_found(cfg, folder),
     )
 
 
 def _found(cfg: DictConfig, folder: str) -> list[CheckpointFolder]:
     """Return where this client's part of a checkpoint may be: on its own disk."""
-    folders = [Path(folder)]
+    folders = [Path(folder)] if folder else []
     if cfg.resume:
         # The server's path is another machine's; there, runs are called by their ids.
         folders += [Path(cfg.resume), run_folder(Path(cfg.resume).name)]

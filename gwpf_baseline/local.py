@@ -168,7 +168,8 @@ class LocalFederation:
         for _ in range(rounds):
             self.rounds += 1
             self.server.fit_round(self.rounds, timeout=None)
-            self.strategy.evaluate(self.rounds, self.strategy.parameters())
+            # It has the model itself.
+            self.strategy.evaluate(self.rounds, self.server.parameters)
         return self.strategy.records[-1]
 
 
@@ -176,6 +177,7 @@ def federation(
     cfg: DictConfig,
     bench: Workbench | None = None,
     callbacks: Sequence[Callback] = (),
+    folder: Path | str = "",
 ) -> LocalFederation:
     """Build the federation that a configuration describes.
 
@@ -188,6 +190,8 @@ def federation(
         The data, the model and the method; default: what is configured.
     callbacks : sequence of Callback, default none
         What happens around each round.
+    folder : pathlib.Path or str, optional
+        The run's, for the clients' parts of checkpoints; default: they keep none.
 
     Returns
     -------
@@ -195,7 +199,7 @@ def federation(
         The configured method's strategy, and a node for each client.
     """
     bench = bench or workbench(cfg)
-    nodes = _nodes(cfg, "", bench)
+    nodes = _nodes(cfg, str(folder), bench)
     return LocalFederation(make_strategy(cfg, bench, callbacks), nodes)
 
 

@@ -204,17 +204,7 @@ def _run(cfg: DictConfig, play: Play, folder: Path, console: Console) -> dict[st
         callbacks.append(stop)
     strategy = make_strategy(cfg, bench, callbacks)
     if cfg.resume:
-        try:
-            strategy.load_state(CheckpointFolder(cfg.resume).server_state())
-        except StateError as error:
-            allowed = f"the folder of a run of this configuration ({error})"
-            raise ConfigError("resume", cfg.resume, allowed) from error
-        # It may have been killed after its last round.
-        if stop is not None and strategy.records:
-            strategy.finished = stop.after_round(strategy, strategy.records[-1])
-        if strategy.finished and Path(cfg.resume, SUMMARY_FILE).exists():
-            allowed = "null, or a target that the run has not reached"
-            raise ConfigError("stop_at", cfg.stop_at, allowed)
+        _resume(strategy, cfg, stop)
     _take_over(folder, cfg)
     history.restore(strategy.records)
     if cfg.layers_every:
@@ -224,6 +214,35 @@ def _run(cfg: DictConfig, play: Play, folder: Path, console: Console) -> dict[st
     with display:
         play(server, ServerConfig(remaining, cfg.round_timeout))
     history.close()
+    summary = _write_results(cfg, bench, strategy, history, folder)
+    console.print(closing_table(summary))
+    console.print(f"Results are in {folder}", soft_wrap=True, markup=False)
+    return summary
+
+
+def _resume(strategy: SyncStrategy, cfg: DictConfig, stop: StopAt | None) -> None:
+    """Let a strategy go on from the checkpoint that is configured."""
+    try:
+        strategy.load_state(CheckpointFolder(cfg.resume).server_state())
+    except StateError as error:
+        allowed = f"the folder of a run of this configuration ({error})"
+        raise ConfigError("resume", cfg.resume, allowed) from error
+    # It may have been killed after its last round.
+    if stop is not None and strategy.records:
+        strategy.finished = stop.after_round(strategy, strategy.records[-1])
+    if strategy.finished and Path(cfg.resume, SUMMARY_FILE).exists():
+        allowed = "null, or a target that the run has not reached"
+        raise ConfigError("stop_at", cfg.stop_at, allowed)
+
+
+def _write_results(
+    cfg: DictConfig,
+    bench: Workbench,
+    strategy: SyncStrategy,
+    history: History,
+    folder: Path,
+) -> dict[str, Any]:
+    """Write what a run leaves behind at its end; return the summary."""
     save_model(strategy, folder / MODEL_FILE)
     # Takes half a second, which no run has to wait for at its start.
     # pylint: disable-next=import-outside-toplevel
@@ -241,17 +260,14 @@ def _run(cfg: DictConfig, play: Play, folder: Path, console: Console) -> dict[st
         },
     )
     # The last file, by which a run is known to be whole.
-    summary = history.write_summary(
+    return history.write_summary(
         method=cfg.method.name,
         dataset=cfg.dataset.name,
         model=cfg.model.name,
         seed=cfg.seed,
         parameters=strategy.dimension,
-        metric=metric,
+        metric=bench.data.metric,
     )
-    console.print(closing_table(summary))
-    console.print(f"Results are in {folder}", soft_wrap=True, markup=False)
-    return summary
 
 
 @contextmanager

@@ -10,8 +10,10 @@ import atexit
 import functools
 import json
 import logging
+import math
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -308,6 +310,11 @@ class RayNode(SimulatedNode):
             self.forget()
         # Whoever's time is short must not spend it behind another client.
         worker = self.pool.take(self.held_by, hurries=timeout is not None)
+        limit = math.inf if timeout is None else time.monotonic() + timeout
+
+        def left() -> float | None:
+            return None if timeout is None else max(0.0, limit - time.monotonic())
+
         try:
             self.check()
             moved = None if self.held_by else self.store
@@ -317,12 +324,12 @@ class RayNode(SimulatedNode):
                 )
                 # A message that waits for it would hold up what else is to be given
                 # away.
-                ray.wait([moved], timeout=timeout, fetch_local=False)
+                ray.wait([moved], timeout=left(), fetch_local=False)
             # Without room for the message, Ray raises here.
             answer = worker.answer.remote(self.partition, question, ins, moved)
             self.held_by = worker
             # Half of the processor's time that a future of it takes.
-            result = ray.get(answer, timeout=timeout)
+            result = ray.get(answer, timeout=left())
         except GetTimeoutError:
             # Whoever is not waited for any longer still keeps the worker busy.
             call_back(answer, functools.partial(self.pool.answered, worker))

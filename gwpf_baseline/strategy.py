@@ -31,7 +31,7 @@ from torch import nn
 
 from gwpf_baseline.exchange.coding import MOST, WireError
 from gwpf_baseline.exchange.header import FORMAT_VERSION, Kind
-from gwpf_baseline.exchange.messages import ClientRecord, StateLost, size_of
+from gwpf_baseline.exchange.messages import ClientLost, ClientRecord, size_of
 from gwpf_baseline.exchange.network import Network
 from gwpf_baseline.exchange.payload import Part, Sizes, as_tensor
 from gwpf_baseline.exchange.roster import Roster
@@ -57,7 +57,14 @@ from gwpf_baseline.utils import (
 log = logging.getLogger(__name__)
 
 # What values raise that stand where others are expected.
-_MISREAD = (KeyError, TypeError, ValueError, IndexError, AttributeError)
+_MISREAD = (
+    KeyError,
+    TypeError,
+    ValueError,
+    IndexError,
+    AttributeError,
+    ArithmeticError,
+)
 
 Results = Sequence[tuple[ClientProxy, FitRes]]
 Failures = Sequence[tuple[ClientProxy, FitRes] | BaseException]
@@ -117,18 +124,22 @@ class Callback:
 
 
 class _GlobalModel(Parameters):
-    """The global model of now, serialised once somebody reads it.
+    """The global model of now, serialised where somebody reads it.
 
     Flower's server keeps it and hands it on, but none of our hooks looks into it.
     """
+
+    tensor_type = "numpy.ndarray"
 
     # pylint: disable-next=super-init-not-called  # its tensors are not there yet
     def __init__(self, strategy: "SyncStrategy") -> None:
         self._strategy = strategy
 
-    def __getattr__(self, name: str) -> Any:
+    @property
+    def tensors(self) -> list[bytes]:  # type: ignore[override]
         """Return what the strategy's own parameters have."""
-        return getattr(self._strategy.parameters(), name)
+        tensors: list[bytes] = self._strategy.parameters().tensors
+        return tensors
 
 
 # pylint: disable-next=abstract-method  # which a method fills in
@@ -469,7 +480,7 @@ class SyncStrategy(MethodServer[Upload], Strategy):
 
     def _leave_out(self, client: int, reason: object) -> None:
         # To be written the whole model is what costs the server most.
-        strikes = 2 if isinstance(reason, StateLost) else 1
+        strikes = 2 if isinstance(reason, ClientLost) else 1
         self.roster.failed(client, self.round, strikes)
         self._warn(str(client), reason)
 

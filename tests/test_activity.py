@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
@@ -62,7 +62,6 @@ def kinds_of(classes: Classes) -> np.ndarray:
 
 
 @given(st.lists(st.sets(st.integers(0, DIMENSION - 1)), max_size=12))
-@settings(deadline=None)
 def test_classes_are_powers_of_two_of_expected_counts(moved: list[set[int]]) -> None:
     """Of a convolution, a bias, a single number, matrices, a row and a column."""
     activity = Activity(LAYERS)
@@ -82,7 +81,6 @@ def test_classes_are_powers_of_two_of_expected_counts(moved: list[set[int]]) -> 
     st.lists(st.sets(st.integers(0, DIMENSION - 1)), max_size=12),
     st.sets(st.integers(0, DIMENSION - 1)),
 )
-@settings(deadline=None)
 def test_each_coordinate_has_a_rank_of_its_own(
     moved: list[set[int]], some: set[int]
 ) -> None:

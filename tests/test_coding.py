@@ -132,7 +132,7 @@ def test_no_other_number_is_written(number: int) -> None:
 
 
 @given(st.integers(0, 5000), st.floats(0, 1), st.integers(0, 2**32 - 1))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_a_bitmap_of_any_size_and_density_survives(
     size: int, density: float, seed: int
 ) -> None:
@@ -152,7 +152,6 @@ def test_a_bitmap_of_any_size_and_density_survives(
 
 
 @given(st.lists(st.booleans(), max_size=40))
-@settings(deadline=None)
 def test_every_short_bitmap_survives(bits: list[bool]) -> None:
     """Short ones have the most extreme densities: one of many, all but one."""
     decoded, _ = decode_bitmap(encode_bitmap(np.array(bits, np.bool_)), 0, len(bits))
@@ -295,7 +294,6 @@ def classed(draw: st.DrawFn) -> tuple[np.ndarray, Kinds]:
 
 
 @given(classed(), st.binary(max_size=8))
-@settings(deadline=None)
 def test_positions_of_any_classes_survive(
     drawn: tuple[np.ndarray, Kinds], after: bytes
 ) -> None:
@@ -368,7 +366,7 @@ def test_counts_that_classes_belie_are_refused(
     st.integers(0, 400),
     st.lists(st.integers(0, 2**32 - 1), max_size=20),
 )
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 def test_any_words_are_decoded_or_refused(
     size: int, ones: int, words: list[int]
 ) -> None:
@@ -413,7 +411,7 @@ def test_any_words_are_decoded_or_refused_as_expected(
     st.lists(st.integers(0, 30), min_size=5, max_size=5),
     st.lists(st.integers(0, 2**32 - 1), max_size=10),
 )
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_any_words_are_decoded_by_class_or_refused(
     drawn: tuple[np.ndarray, Kinds], counts: list[int], words: list[int]
 ) -> None:

@@ -622,7 +622,6 @@ def test_a_spoilt_file_in_a_folder_is_named(tmp_path: Path, cache: Path) -> None
 
 
 @settings(
-    deadline=None,
     max_examples=30,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -1131,7 +1130,7 @@ def test_alpha_governs_the_skew() -> None:
     assert classes(0.01) < 4 < classes(1)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     labels=st.lists(st.integers(0, 4), min_size=1, max_size=40),
     alpha=st.floats(1e-300, 1e6),

@@ -225,7 +225,7 @@ def _server(num_clients: int = 4, **options: Any) -> FedPMStrategy:
     return FedPMStrategy(model, config=config, num_clients=num_clients)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(st.integers(0, 5), min_size=1, max_size=8),
     st.sampled_from([1.0, 1.5, 3.0]),
@@ -510,7 +510,7 @@ def _network_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_a_damaged_byte_never_makes_another_network(
     network_file: Path, place: float, flip: int
 ) -> None:

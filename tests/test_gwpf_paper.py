@@ -33,7 +33,7 @@ from gwpf_baseline.methods.gwpf_paper import (
     GWPFPaperClient,
     GWPFPaperConfig,
     GWPFPaperStrategy,
-    GWPFUpload,
+    GWPFPaperUpload,
     consistency_votes,
     thaw_by_quorum,
 )
@@ -441,7 +441,7 @@ def test_votes_of_all_clients_are_counted(clients: int) -> None:
     strategy.mask = np.zeros(4, np.bool_)
     strategy.begin_exchange()
     strategy.reset_sums()
-    upload = GWPFUpload(np.ones(4, np.bool_), np.zeros(0, np.float32))
+    upload = GWPFPaperUpload(np.ones(4, np.bool_), np.zeros(0, np.float32))
     for _ in range(clients):
         strategy.add_upload(upload, 1.0)
     assert strategy.vote_counts.tolist() == [clients] * 4

@@ -417,7 +417,7 @@ def test_moments_of_the_server_stay_finite(optimizer: str) -> None:
         assert torch.isfinite(federation.strategy.weights).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(
         st.floats(width=32, allow_nan=False, allow_infinity=False),

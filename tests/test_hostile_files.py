@@ -1,5 +1,6 @@
 """Checkpoints that are none, or somebody else's: refused in one line."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,11 @@ def test_every_tensor_of_a_servers_state_is_checked(
         {"records": [5]},
         {"records": {}},
         {"standings": {"0": [1]}},
+        {"standings": {"0": [1, 2, 3]}},
+        {"standings": {"0": [1.5, 0]}},
+        {"standings": {"0": ["1", 0]}},
+        {"standings": {"0": [math.inf, 0]}},
+        {"standings": {"0": 5}},
         {"standings": {"0": ["x", None]}},
         {"standings": {"7": [0, 0]}},
         {"norms": []},
@@ -243,7 +249,7 @@ def start_again(node: Node, folder: CheckpointFolder) -> None:
         {"activity": torch.zeros(9)},
         {"moment.exp_avg": torch.zeros(10**6)},
         {"moment.exp_avg": torch.zeros(5)},
-        {"other": torch.zeros(395)},
+        {"other": torch.full((3,), torch.inf)},
     ],
 )
 def test_a_client_takes_no_state_but_its_own(changes: State, tmp_path: Path) -> None:

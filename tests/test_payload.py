@@ -420,7 +420,6 @@ def test_votes_and_values_cost_what_they_say(density: float) -> None:
 
 
 @given(st.binary(max_size=2000))
-@settings(deadline=None)
 def test_a_payload_travels_as_its_plain_bytes(payload: bytes) -> None:
     """Nothing is put before them, and nothing is copied."""
     parameters = to_parameters(payload)
@@ -515,7 +514,7 @@ NAMES = ["header", "bitmap", "short bitmap", "vector", "short vector"]
 
 
 @given(damaged(PAYLOAD, 0, len(PAYLOAD)))
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 def test_a_damaged_payload_is_read_or_refused(payload: bytes) -> None:
     """Damage reaches the header, the coder and the vectors, and ends in no other
     exception."""
@@ -524,7 +523,7 @@ def test_a_damaged_payload_is_read_or_refused(payload: bytes) -> None:
 
 @pytest.mark.parametrize("span", SPANS, ids=NAMES)
 @given(st.data())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_a_payload_with_a_damaged_section_is_read_or_refused(
     span: tuple[int, int], data: st.DataObject
 ) -> None:
@@ -534,7 +533,6 @@ def test_a_payload_with_a_damaged_section_is_read_or_refused(
 
 
 @given(st.lists(st.sampled_from(SECTIONS), max_size=7))
-@settings(deadline=None)
 def test_shuffled_sections_are_read_or_refused(sections: list[bytes]) -> None:
     """Missing, repeated and exchanged sections, with and without a header."""
     for first in (b"", SECTIONS[0]):
@@ -542,14 +540,13 @@ def test_shuffled_sections_are_read_or_refused(sections: list[bytes]) -> None:
 
 
 @given(st.lists(st.sampled_from([TENSOR, serialised(VALUES), b""]), max_size=3))
-@settings(deadline=None)
 def test_several_arrays_are_read_or_refused(arrays: list[bytes]) -> None:
     """Only the payload alone is one."""
     _read_or_refuse(*arrays)
 
 
 @given(st.binary(max_size=300))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_any_bytes_after_a_header_are_read_or_refused(rest: bytes) -> None:
     """Nothing of them has to be a section."""
     _read_or_refuse(*tensors(SECTIONS[0] + rest))

@@ -54,6 +54,8 @@ def test_what_is_saved_is_loaded(store: StateStore) -> None:
         "sent": np.packbits(np.arange(6) % 2 == 0),
         "moment.step": np.array(7.0, np.float32),
         "schedule.period": np.ones((2, 3), np.uint16),
+        # What a method of somebody else's keeps.
+        "velocity": np.ones((5, 3)),
     }
     assert store.load() is None
     store.save(ClientState(3, 2, 50, arrays))
@@ -142,6 +144,8 @@ def test_a_disk_that_is_full_is_named_and_what_is_there_stays(tmp_path: Path) ->
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert loaded(store).version == 7
+    # Nor does a try leave anything that would fill it.
+    assert [file.name for file in store.file.parent.iterdir()] == [store.file.name]
 
 
 def test_a_disk_that_cannot_be_written_is_named(tmp_path: Path) -> None:

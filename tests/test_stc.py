@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from federation import Federation, lose, payload_of, scripted, small, with_payload
 from flwr.common import FitRes
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from ternary_rounds import (
@@ -46,7 +46,6 @@ def dense(vector: np.ndarray, keep: float) -> np.ndarray:
     st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=60),
     st.floats(0.01, 1.0),
 )
-@settings(deadline=None)
 def test_a_vector_is_compressed_as_algorithm_1_says(
     values: list[float], keep: float
 ) -> None:
@@ -56,7 +55,6 @@ def test_a_vector_is_compressed_as_algorithm_1_says(
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 300), st.floats(0.01, 1))
-@settings(deadline=None)
 def test_what_is_written_is_read(seed: int, size: int, keep: float) -> None:
     """To the bit, whatever follows it."""
     vector = np.random.default_rng(seed).standard_normal(size).astype(np.float32)

@@ -1277,7 +1277,9 @@ def test_a_resumed_run_goes_on_to_the_bit(
 
     _assert_same(third, whole)
     for mine, theirs in zip(third.nodes, whole.nodes, strict=True):
-        _assert_same_state(mine.state, theirs.state)
+        # Of who was not asked since, it is where it was.
+        if mine.received:
+            _assert_same_state(mine.state, theirs.state)
     state, expected = third.strategy.state(), whole.strategy.state()
     for key in state.keys() - {"records"}:
         if not isinstance(state[key], torch.Tensor):

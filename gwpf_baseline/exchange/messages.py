@@ -32,7 +32,7 @@ from gwpf_baseline.utils import BoolVector, is_whole
 EVERYTHING = slice(None)
 
 
-class StateLost(WireError):
+class ClientLost(WireError):
     """A client says that it no longer holds what its message builds on."""
 
 
@@ -73,7 +73,7 @@ class ClientRecord:
 class GlobalModel(Protocol):
     """What messages have to know of the model and its method.
 
-    :class:`~gwpf_baseline.strategy.SyncStrategy` documents each of these.
+    :class:`~gwpf_baseline.learning.method_server.MethodServer` documents each of these.
     """
 
     name: str
@@ -251,7 +251,7 @@ class Messages:
             # It has heard which of its uploads was used last: all that start again get
             # one and the same message.
             self.records[client] = ClientRecord(header.base)
-            raise StateLost(
+            raise ClientLost(
                 f"it no longer holds version {held}; "
                 "next time it gets all that it lacks"
             )

@@ -28,14 +28,14 @@ class Quantization:
         Bits of an update's value on its way to the server, its sign among them. Below
         32 it is rounded to a multiple of a step that each tensor has of its own; below
         8 the few multiples are coded at their entropy.
+    fp16 : bool, default False
+        Whether what otherwise travels in 32 bits, to the server or to clients, is cast
+        to half precision. Buffers never are.
     rounding : {"nearest", "random"}
         To the nearest multiple; clients keep what that leaves out, and send it later
         (error feedback). Or to one of the two next to it at random, without bias, and
         nothing is kept: QSGD (Alistarh et al., NeurIPS 2017), which with 2 bits is
         TernGrad (Wen et al., NeurIPS 2017).
-    fp16 : bool, default False
-        Whether what otherwise travels in 32 bits, to the server or to clients, is cast
-        to half precision. Buffers never are.
 
     Raises
     ------
@@ -112,8 +112,9 @@ class Quantization:
             float32 ``(k,)``, what :meth:`read_update` will make of it.
         """
         if self.bits == 32:
-            self.write_values(writer, values)
-            return values if not self.fp16 else _halved(values).astype(np.float32)
+            sent = _halved(values) if self.fp16 else values
+            writer.vector(sent)
+            return sent.astype(np.float32, copy=False)
         rng = np.random.default_rng(seed) if self.rounding == "random" else None
         levels, steps = quantize(values, counts, self.bits, rng)
         writer.vector(steps)

@@ -274,10 +274,9 @@ class Roster:
             Not two whole numbers from 0 on for clients that there are.
         """
         for client, values in state.items():
-            strikes, rests_until = map(int, values)
-            if min(strikes, rests_until) < 0:
+            if len(values) != 2 or not all(is_whole(value, 0) for value in values):
                 raise ValueError(f"a standing of {values}")
-            self._standings[self.check(int(client))] = Standing(strikes, rests_until)
+            self._standings[self.check(int(client))] = Standing(*values)
 
     def check(self, client: object) -> int:
         """Return a client's partition id, if it is one.

@@ -169,7 +169,8 @@ class SyncClient(MethodClient, NumPyClient):
             sound = True
         except DivergedError:
             loss, sound = None, False
-        if not _all_finite(state) or not sound:
+        spoilt = _forget_what_is_not_finite(state)
+        if spoilt or not sound:
             log.warning("round %d did not stay finite: dropped", self.server_round)
             self.store.save(state)
             header = self._header(task.header, Kind.DIVERGED, state.version)
@@ -354,12 +355,12 @@ def _checkpoint(config: dict[str, Scalar], key: str) -> str:
     return str(name)
 
 
-def _all_finite(state: ClientState) -> bool:
-    """Forget what is not finite: it would spoil all rounds to come."""
+def _forget_what_is_not_finite(state: ClientState) -> list[str]:
+    """Drop the arrays that would spoil all rounds to come, and return their names."""
     spoilt = [name for name, array in state.arrays.items() if not is_finite(array)]
     for name in spoilt:
         del state.arrays[name]
-    return not spoilt
+    return spoilt
 
 
 class _PayloadClient(Client):

@@ -29,12 +29,11 @@ log = logging.getLogger(__name__)
 STATE_FOLDER = "state"
 # Arrays of one value for each parameter.
 _VECTORS = ("weights", "residual", "last_global")
-# What an array holds, by its name up to the dot; None: whoever keeps it will look.
+# What an array holds, by its name up to the dot. Of others, whoever keeps it will look.
 _TYPES = {
     **dict.fromkeys((*_VECTORS, "left_out", "moment"), np.dtype(np.float32)),
     "sent": np.dtype(np.uint8),
     "activity": np.dtype(np.int32),
-    "schedule": None,
 }
 
 
@@ -224,11 +223,13 @@ class OnDisk:
 
 def _check(name: str, array: np.ndarray, dimension: int) -> None:
     """Raise StateError unless an array is what one of its name can be."""
+    if not is_finite(array):
+        raise StateError(f"{name} is not finite")
     group = name.split(".")[0]
-    if group not in _TYPES:
-        raise StateError(f"{name} is not known")
-    wanted = _TYPES[group]
-    if wanted is not None and array.dtype != wanted:
+    wanted = _TYPES.get(group)
+    if wanted is None:
+        return
+    if array.dtype != wanted:
         raise StateError(f"{name} is not of type {wanted}")
     whole = {**dict.fromkeys(_VECTORS, dimension), "sent": -(-dimension // 8)}
     if group == "moment" and array.shape:
@@ -237,5 +238,3 @@ def _check(name: str, array: np.ndarray, dimension: int) -> None:
     size = whole.get(name, 2 * dimension if name == "activity" else dimension)
     if array.size > size or (name in whole and array.shape != (size,)):
         raise StateError(f"{name} has {array.size} values, not {size}")
-    if not is_finite(array):
-        raise StateError(f"{name} is not finite")

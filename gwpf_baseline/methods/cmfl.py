@@ -129,7 +129,7 @@ class CMFLClient(SyncClient):
         last_global = state.arrays.get("last_global")
         threshold = self.config.threshold
         if self.config.decay:
-            threshold /= math.sqrt(task.header.exchange)
+            threshold /= math.sqrt(self.server_round)
         # Before the first global update nothing can be told, and everything is sent.
         if last_global is None or relevance(delta.numpy(), last_global) >= threshold:
             due = self.with_left_out(state, delta.numpy())

@@ -251,14 +251,14 @@ class FedPMStrategy(SyncStrategy[BoolVector]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.refuse("counts masks", "weighting", "server_optimizer", "quantization")
-        most = _MOST_MASKS // kwargs["num_clients"]
+        most = _MOST_MASKS // self.roster.num_clients
         if self.config.reset_every > most:
             raise ConfigError(
                 "method.reset_every",
                 self.config.reset_every,
                 f"at most {most} for so many clients",
             )
-        self.most_masks = kwargs["num_clients"] * self.config.reset_every
+        self.most_masks = self.roster.num_clients * self.config.reset_every
         self.ones = np.zeros(self.dimension, np.uint16)
         self.masks = 0
         self.new_ones, self.new_masks = np.zeros(0, np.uint16), 0

@@ -106,7 +106,7 @@ class GaiaClient(SparseClient):
             residual,
             task.weights.numpy(),
             self.config.threshold,
-            task.header.exchange,
+            self.server_round,
         )
         self.send(writer, state, residual, mask)
         return loss

@@ -141,7 +141,7 @@ def thaw_by_quorum(counts: np.ndarray, clients: int, quorum: float) -> BoolVecto
 # ---- the server's half --------------------------------------------------------------
 
 
-class GWPFUpload(NamedTuple):
+class GWPFPaperUpload(NamedTuple):
     """What one client sends in one exchange.
 
     Parameters
@@ -156,8 +156,8 @@ class GWPFUpload(NamedTuple):
     values: FloatVector
 
 
-class GWPFPaperStrategy(SyncStrategy[GWPFUpload]):
-    """The server's half of GWPF.
+class GWPFPaperStrategy(SyncStrategy[GWPFPaperUpload]):
+    """The server's half of GWPF as published.
 
     Parameters
     ----------
@@ -210,14 +210,14 @@ class GWPFPaperStrategy(SyncStrategy[GWPFUpload]):
         """Return the coordinates to ask for."""
         return self.asked
 
-    def read_upload(self, reader: Reader) -> GWPFUpload:
+    def read_upload(self, reader: Reader) -> GWPFPaperUpload:
         """Take one client's votes and values."""
         votes = None
         if not self.follow_up:
             votes = reader.bitmap(self.vote_counts.size)
-        return GWPFUpload(votes, self.read_update(reader, self.asked))
+        return GWPFPaperUpload(votes, self.read_update(reader, self.asked))
 
-    def add_upload(self, upload: GWPFUpload, weight: float) -> None:
+    def add_upload(self, upload: GWPFPaperUpload, weight: float) -> None:
         """Add one client's values to the sums and its votes to the counts."""
         self.value_sum.add_(as_tensor(upload.values), alpha=weight)
         if upload.votes is not None:
@@ -288,7 +288,7 @@ class GWPFPaperStrategy(SyncStrategy[GWPFUpload]):
 
 
 class GWPFPaperClient(SyncClient):
-    """The client's half of GWPF.
+    """The client's half of GWPF as published.
 
     Parameters
     ----------

@@ -223,9 +223,11 @@ def write_tensors(
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
         save_file(whole, part, metadata=metadata)
+        os.replace(part, file)
     except SafetensorError as error:  # what a full disk is to it
         raise OSError(errno.EIO, str(error), str(part)) from error
-    os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_state(file: Path) -> dict[str, Any]:

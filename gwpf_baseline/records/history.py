@@ -119,7 +119,7 @@ class RoundRecord:  # pylint: disable=too-many-instance-attributes  # a file's c
                 value = int(value) if whole else float(value)
             except (TypeError, ValueError, OverflowError) as error:
                 raise ValueError(f"{column.name}: {value!r} is no number") from error
-            unmeasured = optional and not math.isfinite(value)
+            unmeasured = optional and not whole and not math.isfinite(value)
             setattr(self, column.name, None if unmeasured else value)
 
 

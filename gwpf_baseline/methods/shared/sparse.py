@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gwpf_baseline.coordinates import gather
+from gwpf_baseline.coordinates import cache_blocks, gather
 from gwpf_baseline.exchange.coding import WireError
 from gwpf_baseline.exchange.payload import Reader, Writer
 from gwpf_baseline.learning.client import SyncClient
@@ -77,7 +77,9 @@ class SparseStrategy(SyncStrategy[SparseUpload]):
 
     def add_upload(self, upload: SparseUpload, weight: float) -> None:
         """Add one client's updates."""
-        self.update_sum[upload.mask] += np.float32(weight) * upload.values
+        values = np.float32(weight) * upload.values
+        for index, part in cache_blocks(upload.mask):
+            self.update_sum[index] += values[part]
         self.changed |= upload.mask
         self.sent += upload.values.size
 
