@@ -1,5 +1,6 @@
 """Every benchmark runs to its end, as small as it can be made."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -61,9 +62,19 @@ def output_of(script: str, options: list[str]) -> str:
         check=False,
     )
     assert result.returncode == 0, result.stdout
+    # What was measured, if anything was: the first row says of what.
+    rows = [line for line in result.stdout.splitlines() if line.startswith("│")]
+    assert script in UNMEASURED or rows, result.stdout
+    for row in rows:
+        first, *cells = row.strip("│").split("│")
+        assert first.strip() or cells, row
+        assert not re.search(r"\b(nan|inf)\b", row), row
+        assert any(re.search(r"\d", cell) for cell in cells), row
     return result.stdout
 
 
+# Those that print no table of what they measured.
+UNMEASURED = {"study.py", "released.py"}
 # Makes network namespaces.
 AS_ROOT = {
     "slow_network.py": (

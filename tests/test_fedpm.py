@@ -445,6 +445,30 @@ def test_clients_follow_the_scores_to_the_bit() -> None:
     assert torch.equal(server.mean_weights(), server.weights)
 
 
+def test_every_client_draws_its_own_mask_and_each_time_another() -> None:
+    """From scores that are alike: drawn alike, too, their mean would say nothing."""
+    still, masks = TrainingConfig(local_steps=1, lr=1e-9), []
+    federation = small([9] * 10, still, "fedpm")
+    add = federation.strategy.add_upload
+
+    def watched(mask: np.ndarray, weight: float) -> None:
+        masks.append(mask.copy())
+        add(mask, weight)
+
+    federation.strategy.add_upload = watched
+    federation.play(2)
+
+    def agreement(one: int, other: int) -> float:
+        return float(np.mean(masks[one] == masks[other]))
+
+    # All begin at one half, where two draws agree on half of some 370 weights. Ten
+    # masks then move the probabilities a little, each towards itself.
+    assert len(masks) == 20
+    for client in range(10):
+        assert agreement(client, (client + 1) % 10) < 0.65
+        assert agreement(client, 10 + client) < 0.75
+
+
 def test_what_has_settled_is_not_sent_again() -> None:
     """A message holds the levels that changed, a byte each, not all of them."""
     federation = small([40], TrainingConfig(local_steps=1), "fedpm")

@@ -20,7 +20,7 @@ from deployment import Deployment  # noqa: E402
 
 CONFIG = {
     "num_clients": 3,
-    "num_rounds": 3,
+    "num_rounds": 2,
     "local_steps": 2,
     "batch_size": 20,
     "checkpoint_every": 1,
@@ -175,6 +175,6 @@ def test_a_run_without_clients_fails(nodes: Deployment) -> None:
     """Nodes are there, but none has a partition of this run."""
     for name in [name for name in nodes.processes if name.startswith("supernode")]:
         nodes.kill(name)
-    run = Run(nodes, num_clients=1, connect_timeout=12)
+    run = Run(nodes, num_clients=1, connect_timeout=3)
     assert run.wait() == "finished:failed"
     assert run.rounds() == 0

@@ -228,16 +228,22 @@ def _steps(client: int, exchange: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("quantization", ROUNDINGS, ids=["8", "16", "half"])
-@pytest.mark.parametrize("method", ["fedavg", "cmfl", "gwpf_paper", "apf"])
+@pytest.mark.parametrize(
+    "method", ["fedavg", "cmfl", "gwpf_paper", "apf", "gradient_pruning", "zerofl"]
+)
 def test_what_rounding_leaves_out_is_sent_later(
     method: str, quantization: Quantization
 ) -> None:
     """After any number of rounds the sum of what arrived is the sum of what was
     learned, but for what one rounding can leave out."""
     # Neither freezes what changes by the same amount each time.
-    options: dict[str, Any] = {"cmfl": {"threshold": 0.0}}.get(method, {})
-    if method == "gwpf_paper":
-        options = KEPT
+    everything: dict[str, dict[str, Any]] = {
+        "cmfl": {"threshold": 0.0},
+        "gradient_pruning": {"keep": 1.0},
+        "gwpf_paper": KEPT,
+        "zerofl": {"sparsity": 0.0, "mask_ratio": 0.0, "upload": "diff_on_top_k"},
+    }
+    options = everything.get(method, {})
     federation = scripted(method, _steps, options, 2, quantization=quantization)
     rounds = 60
     federation.play(rounds)

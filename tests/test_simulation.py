@@ -34,8 +34,8 @@ from gwpf_baseline.records.history import read_history
 from gwpf_baseline.simulation import Pool, RayNode, call_back
 from gwpf_baseline.utils import RunError
 
-# A run that is still at its beginning once somebody has noticed that it has begun.
-LONG = ["num_rounds=40", "local_steps=50"]
+# A run that has not ended by the time that somebody has seen what becomes of it.
+LONG = ["num_rounds=1000", "local_steps=50"]
 
 
 @pytest.fixture(name="reference", scope="module")
@@ -62,6 +62,24 @@ def workers_of(process: "subprocess.Popen[str]") -> list[int]:
 def failures_of(folder: Path) -> list[int]:
     """Return how many clients of each round failed."""
     return [record.failures for record in read_history(folder)]
+
+
+def recovered(process: "subprocess.Popen[str]", folder: Path) -> tuple[list[int], str]:
+    """Let a run go on until it has done well again, and end it.
+
+    Returns how many clients of each round failed, and what it printed.
+    """
+    limit = time.monotonic() + 200
+    while True:
+        failures = failures_of(folder)
+        if any(failures) and not any(failures[-4:]):
+            break
+        assert time.monotonic() < limit and process.poll() is None, failures
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 130, output
+    return failures, output
 
 
 class Asking:
@@ -277,13 +295,10 @@ def test_a_worker_that_dies_costs_a_round_of_what_it_held(tmp_path: Path) -> Non
     process = start(*SMALL, *LONG, workers, f"hydra.run.dir={tmp_path}")
     until_round(process, tmp_path, 3)
     os.kill(workers_of(process)[0], signal.SIGKILL)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    failures, output = recovered(process, tmp_path)
     assert "a worker of Ray has died" in output
-    failures = failures_of(tmp_path)
     # Each client that was held there says once that it is lost.
-    assert 0 < sum(failures) <= 10
-    assert not any(failures[:3] + failures[20:])
+    assert sum(failures) <= 10 and not any(failures[:3])
 
 
 def test_a_clients_error_is_told_in_its_own_words(tmp_path: Path) -> None:
@@ -343,7 +358,5 @@ def test_a_cluster_gives_the_same_history_and_outlives_a_machine(
     process = start(*SMALL, there, *LONG, f"hydra.run.dir={halved}")
     until_round(process, halved, 3)
     cluster.remove_node(other, allow_graceful=False)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    failures = failures_of(halved)
-    assert 0 < sum(failures) <= 10 and not any(failures[-10:])
+    failures, _ = recovered(process, halved)
+    assert sum(failures) <= 10 and not any(failures[:3])
