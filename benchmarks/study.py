@@ -290,7 +290,7 @@ def table_block(
     metric = runs[0].metric
     if table.target is not None:
         check_target("target", table.target, metric)
-    lines = [_markdown(table, groups), "", _origin(command, jobs)]
+    lines = [_markdown(table, groups), "", _origin([*command, "--table", name], jobs)]
     plain = {label.replace("`", ""): group for label, group in groups.items()}
     for figure in table.figures:
         file = REPOSITORY / _FIGURES / f"{command[0]}_{name}_{figure}.png"

@@ -280,7 +280,8 @@ def test_overrides_of_all_runs(
     )
     assert len(runner.overrides) == 2
     page = (root / "docs/results/small.md").read_text(encoding="utf-8")
-    assert "`python benchmarks/study.py small client_threads=2 local_steps=9`, " in page
+    command = "python benchmarks/study.py small client_threads=2 local_steps=9"
+    assert f"`{command} --table first`, " in page
     capsys.readouterr()
     assert run_study(root, "client_threads") == 2
     assert capsys.readouterr().err == (
@@ -305,7 +306,10 @@ def test_a_page(root: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> 
         "| `fedavg` | 2 | 0.7500 ± 0.0000 | 7 | 0.00900 | 1.000 | 2 ± 0 | 1.0 |",
         "| `gwpf`, 3 \\| 4 | 2 | 0.7500 ± 0.0000 | 3 | 0.00900 | 1.000 | 2 ± 0 | 1.0 |",
         "",
-        "`python benchmarks/study.py small`, seeds 0 to 1, release 1.2.3.",
+        (
+            "`python benchmarks/study.py small --table first`, "
+            "seeds 0 to 1, release 1.2.3."
+        ),
         "",
         (
             "![test accuracy over bytes sent so far, both ways]"
@@ -317,7 +321,7 @@ def test_a_page(root: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> 
         "| --- | ---: |",
         "| the same | 0.00300 |",
         "",
-        "`python benchmarks/study.py small`, seed 0, release 1.2.3.",
+        "`python benchmarks/study.py small --table second`, seed 0, release 1.2.3.",
     ]
     expected = PAGE.replace("\nold\n", "\n\n" + "\n".join(first) + "\n\n").replace(
         "second --><!--", "second -->\n\n" + "\n".join(second) + "\n\n<!--"
