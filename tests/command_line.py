@@ -29,6 +29,14 @@ TIMES = (
 )
 
 
+def own_ports() -> int:
+    """Return the first of ten ports that other processes of tests do not have.
+
+    Below those that Linux gives to whoever asks for any.
+    """
+    return 20_000 + 10 * (os.getpid() % 1000)
+
+
 _started: "list[subprocess.Popen[str]]" = []
 
 

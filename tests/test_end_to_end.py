@@ -18,6 +18,7 @@ from command_line import (
     SMALL,
     TIMES,
     model_bytes,
+    own_ports,
     rounds_done,
     rows_without_seconds,
     run,
@@ -384,19 +385,20 @@ def test_cifar10_with_batch_norm(data_root: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def flower_home(tmp_path: Path) -> Iterator[dict[str, str]]:
     """Give Flower a home and ports of its own, and stop what it leaves running."""
+    port = own_ports()
     environment = {
         **os.environ,
         "FLWR_HOME": str(tmp_path / "flwr"),
         "GWPF_OUTPUTS": str(tmp_path / "outputs"),
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": "27391",
-        "FLWR_LOCAL_CONTROL_API_PORT": "27393",
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
+        "FLWR_LOCAL_CONTROL_API_PORT": str(port + 2),
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         # The app's dependencies are those of this very environment.
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     yield environment
-    subprocess.run(["pkill", "-f", "flower-superlink.*27391"], check=False)
+    subprocess.run(["pkill", "-f", f"flower-superlink.*{port}"], check=False)
     shutil.rmtree(tmp_path / "flwr", ignore_errors=True)
 
 

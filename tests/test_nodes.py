@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from command_line import own_ports
 
 from gwpf_baseline.records.checkpoint import CheckpointFolder
 
@@ -99,8 +100,8 @@ class Run:
 @pytest.fixture(name="nodes", scope="module")
 def _nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """Start three SuperNodes with disks of their own, and stop all at the end."""
-    # Below the ports that Linux gives to whoever asks for any.
-    with Deployment(tmp_path_factory.mktemp("nodes"), 27310, database=True) as nodes:
+    folder = tmp_path_factory.mktemp("nodes")
+    with Deployment(folder, own_ports(), database=True) as nodes:
         nodes.start_superlink()
         for number in range(3):
             nodes.start_supernode(number, number)
