@@ -29,6 +29,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from omegaconf import DictConfig
 
 from gwpf_baseline.callbacks import Evaluation, OnRound
+from gwpf_baseline.client_app import make_client
 from gwpf_baseline.config import checked, compose_config, config_dir
 from gwpf_baseline.exchange.coding import (
     WireError,
@@ -1219,6 +1220,20 @@ def test_a_configured_strategy_has_what_is_configured(compose: Compose) -> None:
     roster = strategy.roster
     assert (roster.num_clients, roster.fraction, roster.seed) == (5, 0.4, 5)
     assert (roster.answer_timeout, roster.connect_timeout) == (9, 120)
+
+
+def test_a_configured_client_has_what_is_configured(compose: Compose) -> None:
+    """Its data, how it trains, and where its part of a checkpoint is."""
+    options = ["method=gwpf", "dataset.augment=true", "momentum=0.9", "seed=5"]
+    cfg = compose(*options, "checkpoint_every=1")
+    client = make_client(cfg, 2, "run")
+    batches = client.batches
+    assert (batches.client, batches.seed, batches.augment) == (2, 5, True)
+    assert (client.training.momentum, client.training.batch_size) == (0.9, 8)
+    assert client.saved is not None
+    assert client.saved.path == client.found[0].path == Path("run/checkpoints")
+    homeless = make_client(cfg, 2, "", InMemory())
+    assert homeless.saved is None and not homeless.found
 
 
 def test_no_more_messages_of_a_second_exchange_are_on_their_way_than_of_the_first(
