@@ -68,11 +68,18 @@ def test_every_kind_of_message_has_its_number(kind: Kind, number: int) -> None:
                 "22137e2c"
             ),
         ),
+        (
+            PLACES % 5 == 0,
+            "ac023c07a50013df347c9e334a0b0742e4525eed6b458938363c6db7135acc99",
+        ),
+        (PLACES % 9 == 0, "ac022205b9b9bd12f551b63c12d165bb061fafbfc6c6120e"),
         (np.isin(PLACES, [5, 299]), "ac020201ec95d609"),
+        (np.isin(np.arange(30_000), [7, 29_000]), "b0ea01020153552200"),
         (PLACES < 0, "ac020000"),
         (PLACES >= 0, "ac02ac0200"),
     ],
-    ids=["few", "most", "a third", "far apart", "none", "all"],
+    ids=["few", "most", "a third", "a fifth", "a ninth"]
+    + ["far apart", "farther", "none", "all"],
 )
 def test_a_bitmap(bits: np.ndarray, code: str) -> None:
     """By the gaps between ones or zeros where these are rare, else bit by bit."""
