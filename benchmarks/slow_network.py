@@ -109,10 +109,10 @@ def play(nodes: Deployment, config: dict[str, object]) -> list[tuple]:
             sys.exit(f"no round has ended for {_PATIENCE} s: {log[-2000:]}")
         if history.exists():
             with open(history, newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
-            if rows[len(found) :]:
+                new = list(csv.DictReader(file))[len(found) :]
+            if new:
                 heard = time.monotonic()
-            found += [(row, passed()) for row in rows[len(found) :]]
+            found += [(row, passed()) for row in new]
     return found
 
 

@@ -10,7 +10,6 @@ import atexit
 import functools
 import json
 import logging
-import math
 import os
 import threading
 import time
@@ -310,10 +309,10 @@ class RayNode(SimulatedNode):
             self.forget()
         # Whoever's time is short must not spend it behind another client.
         worker = self.pool.take(self.held_by, hurries=timeout is not None)
-        limit = math.inf if timeout is None else time.monotonic() + timeout
+        limit = None if timeout is None else time.monotonic() + timeout
 
         def left() -> float | None:
-            return None if timeout is None else max(0.0, limit - time.monotonic())
+            return None if limit is None else max(0.0, limit - time.monotonic())
 
         try:
             self.check()

@@ -152,7 +152,7 @@ class SyncClient(MethodClient, NumPyClient):
             As by :meth:`fit`.
         """
         started = time.perf_counter()
-        self.server_round = _whole_number(config, "round", 1)
+        self.server_round = _round(config)
         committed = _checkpoint(config, "committed")
         state = self.load_state(committed)
         reader = Reader(payload, self.name, self.initial.numel())
@@ -341,10 +341,10 @@ class SyncClient(MethodClient, NumPyClient):
         )
 
 
-def _whole_number(config: dict[str, Scalar], key: str, least: int) -> int:
-    number = config.get(key, least)
-    if not is_whole(number, least):
-        raise WireError(f"{key} {one_line(number)}: a whole number from {least} on")
+def _round(config: dict[str, Scalar]) -> int:
+    number = config.get("round", 1)
+    if not is_whole(number, 1):
+        raise WireError(f"round {one_line(number)}: a whole number from 1 on")
     return number
 
 

@@ -77,9 +77,8 @@ class SparseStrategy(SyncStrategy[SparseUpload]):
 
     def add_upload(self, upload: SparseUpload, weight: float) -> None:
         """Add one client's updates."""
-        values = np.float32(weight) * upload.values
         for index, part in cache_blocks(upload.mask):
-            self.update_sum[index] += values[part]
+            self.update_sum[index] += np.float32(weight) * upload.values[part]
         self.changed |= upload.mask
         self.sent += upload.values.size
 
